@@ -1,0 +1,201 @@
+"""Every setting once: its environment variable, its flag, its default and one line of documentation.
+
+`MODEL_ID=/models/x python -m runtime` and `python -m runtime --model_id /models/x` mean the same;
+a flag wins over a variable. This module is the only reader of `os.environ`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from runtime.errors import StartupError
+from runtime.families.base import Limits
+
+
+def _tristate(value: Any) -> Any:
+    """The prior art's spellings of true and false, folded; anything else is left for the check."""
+    words = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false", "off": "false"}
+    return words.get(value.strip().lower(), value.strip().lower()) if isinstance(value, str) else value
+
+
+def _names(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _lower(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _path_segment(value: str) -> str:
+    if not value or any(c in value for c in "/:?# \t\n"):
+        raise ValueError("must be a name without spaces, slashes, colons, ? and #, as it becomes a part of URLs")
+    return value
+
+
+Tristate = Annotated[Literal["auto", "true", "false"], BeforeValidator(_tristate)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Positive = Annotated[int, Field(gt=0)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
+class Settings(BaseModel):
+    """All settings. A field's name in capitals is its environment variable, `--name` its flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # The model
+    model_id: str = Field("/mnt/models", description="What to serve: a folder, or a file:// URL of one.")
+    model_path: str | None = Field(None, description="Another name of MODEL_ID; both set and different is an error.")
+    model_name: Annotated[str, AfterValidator(_path_segment)] = Field(
+        "model", description="The model's name in URLs and in requests."
+    )
+    model_aliases: Names = Field(("model",), description="Further names that requests may use, separated by commas.")
+
+    # How it is loaded and run
+    device: Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(_lower)] = Field(
+        "auto", description="Where to run; auto takes the first of CUDA, MPS and CPU that is there."
+    )
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32", "native"], BeforeValidator(_lower)] = Field(
+        "auto", description="Number format of the weights; native is the checkpoint's own."
+    )
+    enable_low_cpu_mem: Tristate = Field("auto", description="Load without a second copy of the weights in memory.")
+    enable_attention_slicing: Tristate = Field("auto", description="Compute attention in slices: less memory, slower.")
+    enable_vae_slicing: Tristate = Field("auto", description="Decode a batch's pictures one by one.")
+    enable_vae_tiling: Tristate = Field("auto", description="Decode in tiles: less memory, visible in the pixels.")
+    enable_cpu_offload: Tristate = Field("auto", description="Keep only the running component on the GPU.")
+    enable_sequential_cpu_offload: Tristate = Field("auto", description="Keep only the running layer on the GPU.")
+    cpu_threads: int = Field(
+        0, ge=0, description="Threads of the engine's CPU arithmetic; 0 takes all CPUs of the container but one."
+    )
+    warmup: bool = Field(True, description="Make one small picture before READY.")
+
+    # What a request may ask for; empty leaves the model family's own limit
+    max_pixels: Positive | None = Field(None, description="Largest width x height of a result, in pixels.")
+    max_frames: Positive | None = Field(None, description="Longest video, in frames.")
+    max_steps: Positive | None = Field(None, description="Most denoising steps.")
+    max_n: Positive | None = Field(None, description="Most pictures or videos of one prompt.")
+    max_prompt_length: Positive | None = Field(None, description="Longest prompt, in characters.")
+    max_instances: Positive = Field(32, description="Most prompts in one call.")
+    max_source_images: Positive | None = Field(None, description="Most source pictures of one prompt.")
+    max_source_image_bytes: Positive = Field(32 * 2**20, description="Largest source picture, in bytes of its file.")
+    max_source_image_pixels: Positive = Field(40_000_000, description="Largest source picture, in pixels.")
+    max_body_bytes: Positive = Field(256 * 2**20, description="Largest request body, in bytes.")
+    max_queue_size: Positive = Field(64, description="Most prompts that may wait; one more is refused with 429.")
+
+    # The server
+    http_port: Port = Field(8080, description="Port of v1, v2 REST, health and metrics.")
+    grpc_port: Port = Field(8081, description="Port of v2 gRPC.")
+    enable_grpc: bool = Field(True, description="Serve v2 gRPC.")
+    grpc_max_send_message_length: Positive = Field(512 * 2**20, description="Largest gRPC response, in bytes.")
+    grpc_max_receive_message_length: Positive = Field(256 * 2**20, description="Largest gRPC request, in bytes.")
+    timeout_keep_alive: Positive = Field(65, description="Seconds an idle HTTP connection stays open.")
+    ssl_certfile: str | None = Field(None, description="Certificate for HTTPS.")
+    ssl_keyfile: str | None = Field(None, description="Private key for HTTPS.")
+    enable_docs_url: bool = Field(False, description="Serve the OpenAPI page at /docs.")
+    enable_repository_api: bool = Field(False, description="Allow /v2/repository load and unload.")
+    workers: Literal[1] = Field(1, description="Server processes; always 1: one engine holds the GPU.")
+    grace_period: Positive = Field(30, description="Seconds that accepted work may take to finish after SIGTERM.")
+
+    # Logs
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        "info", description="Least severity that is logged."
+    )
+    log_format: Annotated[Literal["auto", "json", "text"], BeforeValidator(_lower)] = Field(
+        "auto", description="auto is text on a terminal and JSON elsewhere."
+    )
+    log_prompts: bool = Field(False, description="Write prompts to the log.")
+
+    @property
+    def source(self) -> str:
+        """What to serve: MODEL_ID, or MODEL_PATH where only that one is set."""
+        return self.model_path if self.model_path is not None else self.model_id
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+    @property
+    def optimizations(self) -> dict[str, str]:
+        """Name of each optimization, without its ENABLE_, to auto, true or false."""
+        return {
+            name.removeprefix("enable_"): getattr(self, name)
+            for name, info in type(self).model_fields.items()
+            if get_args(info.annotation) == ("auto", "true", "false")
+        }
+
+
+def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from flags and variables. Raises StartupError with one line for each one that is wrong."""
+    environ = os.environ if environ is None else environ
+    flags = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
+    given: dict[str, tuple[str, str]] = {}  # field -> (how it was named, value)
+    for name in Settings.model_fields:
+        variable = name.upper()
+        value = environ.get(variable, "")
+        # A Service called "http" makes Kubernetes inject HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
+        if value.strip() and not (name.endswith("_port") and value.startswith("tcp://")):
+            given[name] = (variable, value)
+        if flags[name] is not None:
+            given[name] = (f"--{name}", flags[name])
+    lines = []
+    if "model_id" in given and "model_path" in given and given["model_id"][1] != given["model_path"][1]:
+        lines.append(
+            f"{given['model_id'][0]}={given['model_id'][1]} and {given['model_path'][0]}={given['model_path'][1]} "
+            "name different models; set one of them"
+        )
+    try:
+        settings = Settings.model_validate({name: value for name, (_, value) in given.items()})
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0])
+            how, value = given[name]
+            lines.append(f"{how}={value}: {problem['msg'].removeprefix('Value error, ')}")
+    if lines:
+        raise StartupError("\n".join(lines))
+    return settings
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with `changes`, for the engine process."""
+    return {**os.environ, **changes}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise StartupError(f"{message}; python -m runtime --help lists the flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m runtime",
+        description="Serve a diffusers pipeline over KServe's v1 and v2 protocols.",
+        allow_abbrev=False,  # an abbreviation would change its meaning with the next release's flags
+    )
+    for name, info in Settings.model_fields.items():
+        spellings = list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+        bare = {"nargs": "?", "const": "true"} if info.annotation is bool else {}
+        parser.add_argument(
+            *spellings,
+            dest=name,
+            default=None,
+            metavar="VALUE",
+            help=f"{info.description} Default: {default_text(name)}. Variable: {name.upper()}.".replace("%", "%%"),
+            **bare,  # type: ignore[arg-type]
+        )
+    return parser
+
+
+def default_text(name: str) -> str:
+    """The default of a setting as a person would type it."""
+    default = Settings.model_fields[name].default
+    if default is None:
+        return "not set"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(default) if isinstance(default, tuple) else str(default)

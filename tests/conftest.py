@@ -1,0 +1,166 @@
+"""Fixtures: the tiny models, and real server processes that serve them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_SECONDS = 120
+STOP_SECONDS = 60
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`-m gpu` runs the GPU tests and fails where there is no GPU; without it they are left out by name."""
+    if "gpu" not in (config.option.markexpr or ""):
+        chosen = [item for item in items if item.get_closest_marker("gpu") is None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pipeline of every family; parallel workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "tiny-models"
+    subprocess.run([sys.executable, "-m", "runtime.tiny", str(folder)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@dataclass
+class Server:
+    """A running `python -m runtime`. `http` is its base URL, `grpc` its gRPC address."""
+
+    process: subprocess.Popen[bytes]
+    http: str
+    grpc: str
+    log: Path
+    name: str
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 120
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (names in lower case) and body; an error status is no exception."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.http + path, data=data, method=method, headers=headers or {})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+    def json(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        status, _, content = self.request(method, path, body, headers)
+        return status, json.loads(content)
+
+    def predict(self, *instances: dict[str, Any], **parameters: Any) -> list[dict[str, Any]]:
+        """The predictions of a v1 call that must succeed."""
+        status, answer = self.json(
+            "POST", f"/v1/models/{self.name}:predict", {"instances": list(instances), "parameters": parameters}
+        )
+        assert status == 200, answer
+        return answer["predictions"]
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+            with contextlib.suppress(OSError):
+                if self.request("GET", f"/v2/models/{self.name}/ready")[0] == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"not ready after {READY_SECONDS} s:\n{self.log.read_text()}")
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """This environment without anything that is a setting of the runtime."""
+    from runtime.settings import Settings
+
+    names = {name.upper() for name in Settings.model_fields}
+    return {**{k: v for k, v in os.environ.items() if k not in names}, "PYTHONPATH": str(ROOT), **changes}
+
+
+def start_server(folder: Path, log: Path, *flags: str, name: str = "tiny", **environment: str) -> Server:
+    """`python -m runtime` on free ports; returns at once."""
+    http, grpc = free_ports(2)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "runtime", "--model_id", str(folder), "--model_name", name),
+                *("--http_port", str(http), "--grpc_port", str(grpc), "--log_format", "json", *flags),
+            ],
+            cwd=log.parent,
+            env=clean_environment(**environment),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    return Server(process, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", log, name)
+
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def serve(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """`serve("sd15")`: a ready server on that tiny model, started once and shared; flags and settings make another."""
+    running: dict[Any, Server] = {}
+    logs = tmp_path_factory.mktemp("servers")
+
+    def get(family: str, *flags: str, **environment: str) -> Server:
+        key = (family, flags, tuple(sorted(environment.items())))
+        if key not in running or running[key].process.poll() is not None:
+            log = logs / f"{family}-{len(running)}.log"
+            running[key] = start_server(tiny_models / family, log, *flags, **environment)
+        running[key].wait_ready()
+        return running[key]
+
+    yield get
+    statuses = {key: server.stop() for key, server in running.items()}
+    assert not any(statuses.values()), f"a server did not stop cleanly: {statuses}"
+
+
+@pytest.fixture
+def start(tiny_models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """`start("sd15", …)`: a server of the test's own, not waited for; killed afterwards if it still runs."""
+    started: list[Server] = []
+
+    def begin(family: str | Path, *flags: str, **environment: str) -> Server:
+        folder = family if isinstance(family, Path) else tiny_models / family
+        server = start_server(folder, tmp_path / f"server-{len(started)}.log", *flags, **environment)
+        started.append(server)
+        return server
+
+    yield begin
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()

@@ -1,0 +1,220 @@
+"""From a model folder to a pipeline on its device, or to one line that says what is wrong with the folder."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers as diffusers_library
+import torch
+import transformers as transformers_library
+
+from runtime import optimization_manager
+from runtime.cgroup import host_memory_limit
+from runtime.checkpoint import Tensor, read_json, read_tensors, revision
+from runtime.device_manager import Device, detect_device, free_memory
+from runtime.dtype_selector import DtypePlan, dtype_name, select_dtypes
+from runtime.errors import StartupError, shown
+
+logger = logging.getLogger("diffusion_runtime.loader")
+
+# Both libraries show a type checker untyped placeholders.
+diffusers: Any = diffusers_library
+transformers: Any = transformers_library
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline on its device. `dtypes` holds what most of each component's weights are in, `optimizations` what
+    came of each, `model_bytes` the size of all weights as loaded, `revision` a name for the model folder's content."""
+
+    pipeline: Any
+    device: Device
+    dtypes: Mapping[str, str]
+    optimizations: Mapping[str, str]
+    model_bytes: int
+    revision: str
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """The folder's model_index.json, checked: a pipeline class of diffusers, and components that need no code but
+    diffusers' and transformers'.
+
+    Raises StartupError, one line, for a folder that is missing, unreadable or not of that kind.
+    """
+    if not folder.is_dir():
+        raise StartupError(f"{folder}: no such model folder")
+    path = folder / "model_index.json"
+    if not path.exists():
+        raise StartupError(f"{path}: missing, so {folder} is not a diffusers model")
+    index = read_json(path)
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise StartupError(f"{path}: has no _class_name")
+    _check_class(path, index["_class_name"])
+    if (folder / "None.py").exists():  # diffusers 0.42 takes it for a custom pipeline
+        raise StartupError(f"{folder / 'None.py'}: models with code of their own are not loaded")
+    for name, value in _component_entries(index).items():
+        _check_component(folder, name, value)
+    return index
+
+
+def load_pipeline(
+    folder: Path,
+    device_setting: str,
+    dtype_setting: str,
+    optimizations: Mapping[str, str],
+    on_stage: Callable[[str, float], None],
+) -> LoadedPipeline:
+    """Loads the pipeline in `folder` onto its device, once everything that can be checked without loading is right.
+
+    `optimizations` maps names without ENABLE_ to auto, true or false. `on_stage("loading", fraction)` is called at the
+    start, after each component (weighted by its bytes) and at the end, which alone is 1.0.
+
+    Weights are mapped from their files. Without offload each component goes to the device as it comes, so that the
+    host never holds the whole model. Only safetensors are read, nothing is downloaded, no code of the model is run.
+
+    Raises StartupError, one line with the original chained, for whatever keeps the model from being loaded.
+    """
+    on_stage("loading", 0.0)
+    index = read_model_index(folder)
+    classes = {name: value[1] for name, value in _component_entries(index).items()}
+    stored = read_tensors(folder, classes)
+    device = detect_device(device_setting)
+    dtypes = select_dtypes(dtype_setting, device, folder, classes)
+    sizes = {name: _loaded_bytes(tensors, dtypes.of(name)) for name, tensors in stored.items()}
+    free, limit = free_memory(device), host_memory_limit()
+    decisions = optimization_manager.plan(
+        optimizations, device, sum(sizes.values()), free, limit, max(sizes.values(), default=0)
+    )
+    logger.info("loading %s from %s onto %s", index["_class_name"], folder, device.name)
+    with _component_progress(sizes, on_stage):
+        pipeline = _from_pretrained(folder, index["_class_name"], device, dtypes, decisions)
+    report = optimization_manager.apply(pipeline, device, decisions)
+    pipeline.set_progress_bar_config(disable=True)
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    loaded = LoadedPipeline(
+        pipeline=pipeline,
+        device=device,
+        dtypes={name: _main_dtype(module, dtypes.of(name)) for name, module in modules.items()},
+        optimizations=report,
+        model_bytes=sum(weight.nbytes for module in modules.values() for weight in _weights(module)),
+        revision=revision(folder, classes),
+    )
+    logger.info("loaded %.1f GiB, revision %s", loaded.model_bytes / 2**30, loaded.revision)
+    on_stage("loading", 1.0)
+    return loaded
+
+
+def _from_pretrained(
+    folder: Path,
+    class_name: str,
+    device: Device,
+    dtypes: DtypePlan,
+    decisions: Mapping[str, optimization_manager.Decision],
+) -> Any:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    low_cpu_mem = decisions["low_cpu_mem"].on
+    directly = low_cpu_mem and optimization_manager.moves_whole(device, decisions)
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            str(folder),
+            dtype=dtypes.as_torch_dtype(),
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=low_cpu_mem,
+            device_map=device.type if directly else None,
+        )
+    except Exception as exc:
+        lines = str(exc).strip().splitlines() or [type(exc).__name__]
+        raise StartupError(f"{folder}: {class_name} cannot be loaded: {lines[0]}") from exc
+
+
+# --- what model_index.json may say ---
+
+
+def _component_entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The components that are there: name to [library, class]. [null, null] stands for an optional one left out;
+    a list of numbers is an argument of the pipeline."""
+    return {
+        name: value
+        for name, value in index.items()
+        if isinstance(value, list) and not name.startswith("_") and any(isinstance(part, str) for part in value)
+    }
+
+
+def _check_class(path: Path, name: Any) -> None:
+    pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if pipeline_class is None:
+        raise StartupError(f"{path}: diffusers {diffusers.__version__} has no pipeline class {shown(name)}")
+    if hasattr(pipeline_class, "_backends"):  # diffusers' stand-in for a class whose packages are missing
+        raise StartupError(f"{path}: {name} needs packages not installed here: {', '.join(pipeline_class._backends)}")
+    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, diffusers.DiffusionPipeline):
+        raise StartupError(f"{path}: {name} is not a pipeline class")
+
+
+def _check_component(folder: Path, name: str, value: list[Any]) -> None:
+    path = folder / "model_index.json"
+    if len(value) != 2 or not all(isinstance(part, str) for part in value):
+        raise StartupError(f"{path}: {name} is {shown(value)}, not a library and a class")
+    library = value[0]
+    if library not in ("diffusers", "transformers") and not _is_pipeline_module(library):
+        raise StartupError(f"{path}: {name} comes from {shown(library)}; models with code of their own are not loaded")
+    home = folder / name
+    if home.parent != folder or not home.is_dir():
+        raise StartupError(f"{home}: missing, though model_index.json names {name}")
+    if (home / f"{library}.py").exists():  # diffusers takes it for the component's code
+        raise StartupError(f"{home / f'{library}.py'}: models with code of their own are not loaded")
+
+
+def _is_pipeline_module(library: str) -> bool:
+    """True for what lies in diffusers beside a pipeline, such as stable_diffusion's safety checker."""
+    return library.isidentifier() and (Path(diffusers.pipelines.__path__[0]) / library).is_dir()
+
+
+# --- sizes and progress ---
+
+
+def _loaded_bytes(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> int:
+    return sum(t.elements * dtype.itemsize if "F" in t.dtype else t.bytes for t in tensors)
+
+
+def _weights(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _main_dtype(module: torch.nn.Module, default: torch.dtype) -> str:
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        counts[parameter.dtype] += parameter.nbytes
+    return dtype_name(counts.most_common(1)[0][0] if counts else default)
+
+
+@contextmanager
+def _component_progress(sizes: Mapping[str, int], on_stage: Callable[[str, float], None]) -> Iterator[None]:
+    """Reports each component that diffusers logs as loaded. Should it stop logging that, only progress is lost."""
+    total, done = sum(sizes.values()), 0
+
+    def watch(record: logging.LogRecord) -> bool:
+        nonlocal done
+        words = record.getMessage().split()
+        if words[:1] == ["Loaded"] and words[1] in sizes:
+            done += sizes[words[1]]
+            on_stage("loading", 0.99 * done / total)
+        return record.levelno >= logging.WARNING
+
+    library = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = library.level
+    library.setLevel(logging.INFO)
+    library.addFilter(watch)
+    try:
+        yield
+    finally:
+        library.removeFilter(watch)
+        library.setLevel(level)

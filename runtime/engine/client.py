@@ -1,0 +1,281 @@
+"""The server's side of the engine process: start it, talk to it, watch it, end it with all its children."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from runtime import errors
+from runtime.engine.messages import (
+    MEDIA_HEADER,
+    Advanced,
+    Cancel,
+    Configure,
+    DeviceFree,
+    Done,
+    Failed,
+    Fatal,
+    FromEngine,
+    Generate,
+    Ready,
+    Stage,
+    ToEngine,
+)
+from runtime.errors import DiffusionError, GenerationFailed, NotReady, StartupError
+from runtime.logs import log
+from runtime.settings import Settings, child_environment
+from runtime.types import Capabilities, GenerationRequest, GenerationResult, Progress
+
+LOADING, WARMING, READY, FAILED, UNLOADED = "loading", "warming", "ready", "failed", "unloaded"
+STOP_SECONDS = 5.0  # an engine whose channel closed ends by itself; after this it is killed
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request inside the engine. `device_free` is set when its work on the device is over."""
+
+    job: int
+    request: GenerationRequest
+    on_progress: Callable[[Progress], None]
+    result: asyncio.Future[GenerationResult]
+    device_free: asyncio.Event = field(default_factory=asyncio.Event)
+    done: Done | None = None
+    parts: dict[int, bytes] = field(default_factory=dict)
+
+
+class EngineClient:
+    """One engine process at a time. All methods belong to the event loop; the channels are read by threads."""
+
+    def __init__(self, settings: Settings, cpu_threads: int) -> None:
+        self._settings = settings
+        self._cpu_threads = cpu_threads
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._jobs = itertools.count(1)
+        self._tickets: dict[int, Ticket] = {}
+        self._exited = asyncio.Event()
+        self.state = UNLOADED
+        self.stage: Stage = Stage(UNLOADED, 0.0)
+        self.reason = ""
+        self.capabilities: Capabilities | None = None
+        self.ready = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def describe(self) -> str:
+        """The state in words, for readiness bodies and 503 messages."""
+        if self.state in (LOADING, WARMING):
+            return f"{self.state}, {self.stage.fraction:.0%}"
+        return f"{self.state}: {self.reason}" if self.reason else self.state
+
+    # --- life
+
+    def start(self) -> None:
+        """Spawn the engine; `ready` is set once its model is loaded. Called on the main thread, whose
+        death ends the engine too (PR_SET_PDEATHSIG follows the spawning thread)."""
+        loop = asyncio.get_running_loop()
+        control, their_control = socket.socketpair()
+        media, their_media = socket.socketpair()
+        threads = str(self._cpu_threads)
+        self.state, self.stage, self.reason, self.capabilities = LOADING, Stage("starting", 0.0), "", None
+        self._exited = asyncio.Event()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.engine.worker", str(their_control.fileno()), str(their_media.fileno())],
+            pass_fds=(their_control.fileno(), their_media.fileno()),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            env=child_environment(
+                OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TORCHINDUCTOR_COMPILE_THREADS=threads
+            ),
+        )
+        their_control.close()
+        their_media.close()
+        connection = Connection(control.detach())
+        self._outbox = queue.SimpleQueue()
+        s = self._settings
+        self._outbox.put(
+            Configure(
+                s.source, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup, s.log_level, s.log_format
+            )
+        )
+        process = self._process
+        for name, target, arguments in (
+            ("control-reader", self._read_control, (connection, loop, process)),
+            ("control-writer", _write_control, (connection, self._outbox)),
+            ("media-reader", self._read_media, (media, loop)),
+        ):
+            threading.Thread(target=target, args=arguments, name=f"engine-{name}", daemon=True).start()
+
+    async def stop(self) -> None:
+        """End the engine and everything it started. Returns when it is gone."""
+        process = self._process
+        if process is None:
+            return
+        self.state, self.reason = UNLOADED, ""
+        self.ready.clear()
+        self._outbox.put(None)  # closes the channel, which ends the engine
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), STOP_SECONDS)
+        self.kill()
+        await self._exited.wait()
+        self._process = None
+
+    def kill(self) -> None:
+        """End the engine's whole process group at once."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def wait_exited(self) -> None:
+        await self._exited.wait()
+
+    # --- requests
+
+    def submit(
+        self, request: GenerationRequest, on_progress: Callable[[Progress], None], request_id: str = ""
+    ) -> Ticket:
+        """Send one request. Raises NotReady."""
+        if self.state != READY:
+            raise NotReady(f"the model is not ready ({self.describe()})", retry_after=5)
+        ticket = Ticket(next(self._jobs), request, on_progress, asyncio.get_running_loop().create_future())
+        self._tickets[ticket.job] = ticket
+        self._outbox.put(Generate(ticket.job, request, request_id))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ask the engine to stop the request; `device_free` is set when it has."""
+        if ticket.job in self._tickets:
+            self._outbox.put(Cancel(ticket.job))
+
+    # --- what the engine says; on the event loop
+
+    def _on_message(self, message: FromEngine) -> None:
+        match message:
+            case Stage():
+                self.stage = message
+                self.state = message.name if message.name == WARMING else self.state
+            case Ready(capabilities):
+                self.capabilities, self.state = capabilities, READY
+                self.ready.set()
+            case Fatal(reason):
+                self.state, self.reason = FAILED, reason
+            case Advanced(job, progress):
+                if ticket := self._tickets.get(job):
+                    ticket.on_progress(progress)
+            case DeviceFree(job):
+                if ticket := self._tickets.get(job):
+                    ticket.device_free.set()
+            case Done(job):
+                if ticket := self._tickets.get(job):
+                    ticket.done = message
+                    self._finish(ticket)
+            case Failed(job, error, text):
+                kind = getattr(errors, error, GenerationFailed)
+                self._fail(job, kind(text))
+
+    def _on_media(self, job: int, index: int, data: bytes) -> None:
+        if ticket := self._tickets.get(job):
+            ticket.parts[index] = data
+            self._finish(ticket)
+
+    def _finish(self, ticket: Ticket) -> None:
+        """Complete the ticket once both its message and all its media are here."""
+        done, capabilities = ticket.done, self.capabilities
+        if done is None or capabilities is None or len(ticket.parts) < len(done.media):
+            return
+        del self._tickets[ticket.job]
+        ticket.device_free.set()
+        if not ticket.result.done():
+            media = tuple(replace(item, data=ticket.parts[i]) for i, item in enumerate(done.media))
+            ticket.result.set_result(
+                GenerationResult(
+                    ticket.request, media, done.timings, capabilities.engine_variant, capabilities.model_revision
+                )
+            )
+
+    def _fail(self, job: int, error: DiffusionError) -> None:
+        if ticket := self._tickets.pop(job, None):
+            ticket.device_free.set()
+            if not ticket.result.done():
+                ticket.result.set_exception(error)
+
+    def _on_exit(self, process: subprocess.Popen[bytes], status: int) -> None:
+        if process is not self._process:
+            return
+        self.ready.clear()
+        if self.state not in (FAILED, UNLOADED):
+            self.state, self.reason = FAILED, f"the engine process ended with status {status}"
+            log(logging.ERROR, self.reason)
+        for job in list(self._tickets):
+            self._fail(job, EngineDied("the engine ended while it worked on this request", retry_after=5))
+        self._exited.set()
+
+    # --- threads
+
+    def _read_control(
+        self, connection: Connection, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]
+    ) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                _call(loop, self._on_message, connection.recv())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the engine started dies with it
+        _call(loop, self._on_exit, process, process.wait())
+
+    def _read_media(self, media: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        with media, contextlib.suppress(EOFError, OSError):
+            while True:
+                job, index, length = MEDIA_HEADER.unpack(_receive(media, MEDIA_HEADER.size))
+                _call(loop, self._on_media, job, index, _receive(media, length))
+
+
+class EngineDied(NotReady):
+    """The engine ended under the request. It may be run again by a new engine."""
+
+
+def fatal(client: EngineClient) -> StartupError:
+    """Why the start can't succeed, as the line the operator reads."""
+    return StartupError(client.reason or "the engine ended while it was loading")
+
+
+def _write_control(connection: Connection, outbox: queue.SimpleQueue[ToEngine | None]) -> None:
+    with contextlib.suppress(OSError):
+        while (message := outbox.get()) is not None:
+            connection.send(message)
+        # Wakes both sides' readers; closing alone would leave ours blocked.
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def _receive(sock: socket.socket, length: int) -> bytearray:
+    """Exactly `length` bytes, received into one buffer with the interpreter lock released."""
+    buffer = bytearray(length)
+    view = memoryview(buffer)
+    while view:
+        got = sock.recv_into(view)
+        if got == 0:
+            raise EOFError
+        view = view[got:]
+    return buffer
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone
+        loop.call_soon_threadsafe(function, *arguments)

@@ -1,0 +1,56 @@
+"""What a running generation can ask and tell: should it stop, how far it is, how long each stage took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from runtime.errors import Cancelled
+from runtime.types import Progress
+
+
+class Context:
+    """One generation's side of the engine. `timings` are seconds by stage, measured when the device is done."""
+
+    def __init__(
+        self, device: torch.device, should_stop: Callable[[], bool], on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._device = device
+        self._should_stop = should_stop
+        self._on_progress = on_progress
+        self._pending: Any = None  # event recorded one `advance` ago
+        self.timings: dict[str, float] = {}
+
+    def check(self) -> None:
+        """Raises Cancelled once nobody waits for the result any more."""
+        if self._should_stop():
+            raise Cancelled("the request was cancelled")
+
+    def advance(self, stage: str, step: int, total: int) -> None:
+        """Report a step. Work is enqueued ahead of the device: waiting for the step before this one keeps
+        progress true and a cancel at most two steps away."""
+        self.check()
+        if self._device.type == "cuda":
+            if self._pending is not None:
+                self._pending.synchronize()
+            self._pending = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._pending.record()
+        self._on_progress(Progress(stage, step, total))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time of the block, device included, to `timings[name]`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.synchronize()
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - begun
+
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()

@@ -1,0 +1,104 @@
+"""All that crosses the border between the server process and the engine process.
+
+Two socket pairs. Control: pickled messages of the classes below, both ways. Media: from the engine
+only, frames of a header (job, index, length) and that many raw bytes, so that a video never stands
+between a cancel and the GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runtime.types import Capabilities, GeneratedMedia, GenerationRequest, Progress
+
+MEDIA_HEADER = struct.Struct("!QIQ")  # job, index, bytes that follow
+
+
+# server → engine
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """First message: what to load and how."""
+
+    source: str
+    device: str
+    dtype: str
+    optimizations: Mapping[str, str]
+    cpu_threads: int
+    warmup: bool
+    log_level: str
+    log_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    job: int
+    request: GenerationRequest
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    job: int
+
+
+# engine → server
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How far the start is: loading or warming, and a fraction from 0 to 1."""
+
+    name: str
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The start cannot succeed, for this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The engine's process lives, whatever its GPU thread does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    job: int
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFree:
+    """The job's work on the device is over; the next may be sent while its result is encoded."""
+
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The job succeeded. `media` lack their bytes: they come over the media channel, by index."""
+
+    job: int
+    media: tuple[GeneratedMedia, ...]
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job failed. `error` names a class of `runtime.errors`."""
+
+    job: int
+    error: str
+    message: str
+
+
+ToEngine = Configure | Generate | Cancel
+FromEngine = Stage | Ready | Fatal | Heartbeat | Advanced | DeviceFree | Done | Failed

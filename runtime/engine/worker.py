@@ -1,0 +1,310 @@
+"""The engine process: loads one pipeline and draws what the server asks for. Started by `engine/client.py`.
+
+Threads: the main one owns the device and runs generations; one reads the control channel; one encodes
+results; one sends heartbeats. When the server goes, the control channel closes and the process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import platform
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from runtime.engine.messages import (
+    MEDIA_HEADER,
+    Advanced,
+    Cancel,
+    Configure,
+    DeviceFree,
+    Done,
+    Failed,
+    Fatal,
+    FromEngine,
+    Generate,
+    Heartbeat,
+    Ready,
+    Stage,
+)
+from runtime.errors import DiffusionError, StartupError
+from runtime.logs import configure, log, request_id, unexpected
+from runtime.types import Capabilities, GeneratedMedia, GenerationRequest
+
+PR_SET_PDEATHSIG = 1
+HEARTBEAT_SECONDS = 1.0
+DEFAULTS_FILE = "generation_defaults.json"
+
+
+class Engine:
+    """The process's state. `load` on the main thread, then `work` for ever."""
+
+    def __init__(self, control: Connection, media: socket.socket, configuration: Configure) -> None:
+        self._control, self._media, self._configuration = control, media, configuration
+        self._send_lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Generate] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._encoder = ThreadPoolExecutor(1, "encoder")
+
+    def send(self, message: FromEngine) -> None:
+        with self._send_lock:
+            self._control.send(message)
+
+    # --- start
+
+    def load(self) -> None:
+        """Load the pipeline and draw once. Sends Ready, or Fatal with a reason and ends the process."""
+        self.send(Stage("loading", 0.0))
+        try:
+            self._load()
+        except StartupError as error:
+            self.send(Fatal(str(error)))
+            sys.exit(1)
+        except Exception as error:
+            log(logging.ERROR, "the model could not be loaded", exc_info=error)
+            reason = str(error).strip().splitlines() or [""]
+            self.send(Fatal(f"the model could not be loaded: {type(error).__name__}: {reason[0]}"))
+            sys.exit(1)
+
+    def _load(self) -> None:
+        configuration = self._configuration
+        from runtime.storage.registry import resolve
+
+        folder = resolve(configuration.source)
+        if not (folder / "model_index.json").is_file():  # before the seconds that importing torch takes
+            raise StartupError(f"{folder} holds no pipeline: it has no model_index.json")
+        import torch
+
+        import diffusers
+        import transformers
+
+        torch.set_num_threads(configuration.cpu_threads)
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.set_verbosity_error()  # what they warn of at import is not about this model
+            library.disable_default_handler()
+            library.enable_propagation()  # into our one format
+        from runtime.families import registry
+        from runtime.pipeline_loader import load_pipeline
+
+        loaded = load_pipeline(
+            folder,
+            configuration.device,
+            configuration.dtype,
+            configuration.optimizations,
+            lambda name, fraction: self.send(Stage(name, fraction)),
+        )
+        self._pipeline, self._device = loaded.pipeline, loaded.device.torch
+        family = registry.family_of(type(loaded.pipeline).__name__)
+        half = registry.pipeline_half(family)
+        facts = half.facts(loaded.pipeline, folder)
+        self._runner = half.Runner(loaded.pipeline)
+        if configuration.warmup:
+            self.send(Stage("warming", 0.0))
+            begun = time.monotonic()
+            self._draw(half.warmup(facts), 0, lambda: False, lambda _: None)
+            log(logging.INFO, "warmed up", seconds=round(time.monotonic() - begun, 2))
+        self.send(
+            Ready(
+                Capabilities(
+                    family=family,
+                    pipeline_class=type(loaded.pipeline).__name__,
+                    media="video" if facts["video"] else "image",
+                    facts=facts,
+                    defaults=_defaults(folder),
+                    model_revision=loaded.revision,
+                    device=loaded.device.name,
+                    dtypes=loaded.dtypes,
+                    optimizations=loaded.optimizations,
+                    engine_variant=_variant(loaded, configuration.cpu_threads),
+                )
+            )
+        )
+
+    # --- work
+
+    def listen(self) -> None:
+        """Read the control channel; its end is the end of this process and of all it started."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                message = self._control.recv()
+                if isinstance(message, Generate):
+                    self._jobs.put(message)
+                elif isinstance(message, Cancel):
+                    self._cancelled.add(message.job)
+        end_process_group()
+
+    def beat(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.send(Heartbeat())
+                time.sleep(HEARTBEAT_SECONDS)
+
+    def work(self) -> None:
+        while True:
+            message = self._jobs.get()
+            request_id.set(message.request_id)
+            try:
+                drawn, timings = self._generate(message)
+            except Exception as error:
+                self.send(_failed(message, error))
+            else:
+                self.send(DeviceFree(message.job))
+                self._encoder.submit(self._deliver, message, drawn, timings)
+            self._cancelled.discard(message.job)
+
+    def _generate(self, message: Generate) -> tuple[list[Any], dict[str, float]]:
+        """What the pipeline gave for each seed, and seconds by stage."""
+        request = message.request
+        drawn: list[Any] = []
+        timings: dict[str, float] = {}
+        for i, seed in enumerate(request.seeds):
+
+            def advanced(progress: Any, i: int = i) -> None:
+                whole = replace(progress, step=i * progress.total + progress.step, total=request.n * progress.total)
+                self.send(Advanced(message.job, whole))
+
+            picture, own = self._draw(request, seed, lambda: message.job in self._cancelled, advanced)
+            drawn.append(picture)
+            for stage, seconds in own.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+        return drawn, timings
+
+    def _draw(
+        self, request: GenerationRequest, seed: int, should_stop: Any, on_progress: Any
+    ) -> tuple[Any, dict[str, float]]:
+        from runtime.engine.context import Context
+        from runtime.engine.running import clean, isolated_random_state
+
+        context = Context(self._device, should_stop, on_progress)
+        context.check()
+        try:
+            with isolated_random_state(seed, self._device):
+                return self._runner.run(request, seed, context), context.timings
+        finally:
+            clean(self._pipeline)
+
+    def _deliver(self, message: Generate, drawn: list[Any], timings: dict[str, float]) -> None:
+        """Encode and send one job's results; runs on the encoder's thread."""
+        request_id.set(message.request_id)
+        try:
+            begun = time.perf_counter()
+            media = [
+                _encoded(message.request, seed, picture)
+                for seed, picture in zip(message.request.seeds, drawn, strict=True)
+            ]
+            timings["encode"] = time.perf_counter() - begun
+            told = tuple(replace(item, data=b"") for item in media)
+            self.send(Done(message.job, told, timings))
+            for index, item in enumerate(media):
+                self._media.sendall(MEDIA_HEADER.pack(message.job, index, len(item.data)))
+                self._media.sendall(item.data)
+        except OSError:  # the server is gone
+            end_process_group()
+        except Exception as error:
+            self.send(_failed(message, error))
+
+
+def _encoded(request: GenerationRequest, seed: int, picture: Any) -> GeneratedMedia:
+    from runtime.media import encode_image, encode_video, frames_to_uint8
+
+    if request.output_format != "mp4":
+        data = encode_image(picture, request.output_format, request.output_quality)
+        return GeneratedMedia(data, request.output_format, picture.width, picture.height, seed)
+    frames, fps = frames_to_uint8(picture), request.fps or 16
+    count, height, width, _ = frames.shape
+    data = encode_video(frames, fps, request.output_quality)
+    return GeneratedMedia(data, "mp4", width, height, seed, count, fps)
+
+
+def _failed(message: Generate, error: Exception) -> Failed:
+    """The error as the server hears it: ours by name, the device's memory as such, anything else logged."""
+    import torch
+
+    if isinstance(error, DiffusionError):
+        return Failed(message.job, type(error).__name__, str(error))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        log(logging.WARNING, "out of memory", error=str(error).splitlines()[0] if str(error) else None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        request = message.request
+        size = f"{request.width} x {request.height}" + (f" x {request.num_frames} frames" if request.num_frames else "")
+        return Failed(message.job, "OutOfMemory", f"{size} does not fit in the device's memory; ask for less")
+    return Failed(message.job, "GenerationFailed", unexpected(error, message.request_id))
+
+
+def _defaults(folder: Path) -> dict[str, Any]:
+    """The model folder's own defaults, where it has some. Raises StartupError."""
+    path = folder / DEFAULTS_FILE
+    if not path.exists():
+        return {}
+    try:
+        defaults = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path}: {error}") from error
+    if not isinstance(defaults, dict):
+        raise StartupError(f"{path}: is not an object of fields and values")
+    return defaults
+
+
+def _variant(loaded: Any, cpu_threads: int) -> str:
+    """What else, beside the request, may decide a result's bytes."""
+    import diffusers
+    import torch
+    import transformers
+
+    device = loaded.device.name if loaded.device.type != "cpu" else f"{platform.machine()} {cpu_threads} threads"
+    dtypes = ",".join(sorted(set(loaded.dtypes.values())))
+    lossy = [name for name in ("vae_tiling",) if loaded.optimizations.get(name, "").startswith("on")]
+    parts = [
+        "stock",
+        f"torch {torch.__version__}",
+        f"diffusers {diffusers.__version__}",
+        f"transformers {transformers.__version__}",
+        device,
+        dtypes,
+        *lossy,
+    ]
+    return "; ".join(parts)
+
+
+def end_process_group() -> None:
+    """End this process and all it started; it leads a process group of its own."""
+    with contextlib.suppress(PermissionError):
+        os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    if os.getpgrp() != os.getpid():
+        sys.exit("runtime.engine.worker is started by the server")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server decides when the engine ends
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    control = Connection(int(sys.argv[1]))
+    media = socket.socket(fileno=int(sys.argv[2]))
+    try:
+        configuration = control.recv()
+    except (EOFError, OSError):
+        return
+    configure(configuration.log_level, configuration.log_format)
+    engine = Engine(control, media, configuration)
+    threading.Thread(target=engine.listen, name="listen", daemon=True).start()
+    threading.Thread(target=engine.beat, name="heartbeat", daemon=True).start()
+    engine.load()
+    engine.work()
+
+
+if __name__ == "__main__":
+    main()

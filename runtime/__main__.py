@@ -1,0 +1,195 @@
+"""`python -m runtime`: read the settings, answer probes at once, load in the background, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from runtime.cgroup import cpu_count
+from runtime.errors import StartupError
+from runtime.logs import configure, log
+from runtime.settings import Settings, load
+
+if TYPE_CHECKING:
+    from runtime.model import DiffusionModel
+
+
+def main() -> int:
+    """The process's exit status: 0 after a clean stop, 1 when the start cannot succeed."""
+    # Before kserve's slow import, and needed as PID 1: the kernel gives that one no default handlers.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
+    try:
+        settings = load()
+        configure(settings.log_level, settings.log_format)
+        return serve(settings)
+    except StartupError as error:
+        for line in str(error).splitlines():
+            print(f"diffusion-runtime: {line}", file=sys.stderr, flush=True)
+        return 1
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal. Raises StartupError."""
+    for name, port in (("HTTP_PORT", settings.http_port), ("GRPC_PORT", settings.grpc_port)):
+        if name == "HTTP_PORT" or settings.enable_grpc:
+            _check_port(name, port)
+    sys.argv = sys.argv[:1]  # kserve.model_server parses it at import, abbreviations and all
+    import kserve.model_server as kserve_server
+
+    kserve_server.args.configure_logging = False
+    runner = _runner(kserve_server, settings)
+    runner.start([])
+    if runner.failure is not None:
+        raise runner.failure
+    return 0
+
+
+def _runner(kserve_server: Any, settings: Settings) -> Any:
+    from kserve.model_repository import ModelRepository
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+
+    from runtime.engine.client import EngineClient
+    from runtime.middleware import Guard
+    from runtime.model import DiffusionModel, Repository
+    from runtime.protocol import grpc
+    from runtime.routes import ROUTERS
+    from runtime.scheduler import Scheduler
+
+    class Runner(kserve_server.ModelServer):  # type: ignore[misc]
+        """KServe's ModelServer with our routes, our gRPC server, and a stop that drains."""
+
+        failure: StartupError | None = None
+
+        def setup_event_loop(self) -> None:
+            pass  # KServe's configures a loop that asyncio.run then replaces
+
+        def register_signal_handler(self) -> None:
+            pass  # ours are set on the running loop
+
+        async def _serve(self) -> None:
+            loop = asyncio.get_running_loop()
+            threads = settings.cpu_threads or max(1, cpu_count() - 1)
+            engine = EngineClient(settings, threads)
+            scheduler = Scheduler(engine, settings.max_queue_size)
+            model = DiffusionModel(settings, engine, scheduler)
+            repository = Repository(model, settings.model_aliases)
+            self.dataplane._model_registry = repository
+            self._add_routes(repository)
+            uvicorn = self._rest_server._server
+            uvicorn.capture_signals = contextlib.nullcontext  # SIGTERM must not close the listener: we drain first
+            stop = asyncio.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, _on_signal, stop, engine)
+            if os.getpid() == 1:
+                loop.add_signal_handler(signal.SIGCHLD, _reap_orphans, engine)
+            sizes = (settings.grpc_max_send_message_length, settings.grpc_max_receive_message_length)
+            grpc_server = grpc.Server(
+                settings.grpc_port, self.dataplane, self.model_repository_extension, repository, sizes, 1
+            )
+            tasks = [asyncio.ensure_future(server) for server in self.servers]
+            while not uvicorn.started and not tasks[0].done():  # noqa: ASYNC110 (uvicorn has no event for it)
+                await asyncio.sleep(0.01)
+            if settings.enable_grpc:
+                tasks.append(asyncio.create_task(grpc_server.start()))
+            log(logging.INFO, "listening", http=settings.http_port, grpc=settings.grpc_port)
+            tasks += [asyncio.create_task(scheduler.run()), asyncio.create_task(model.supervise())]
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if stopping in done:
+                    await _drain(model, settings.grace_period)
+                self.failure = next((_failure(task) for task in done if task is not stopping), None)
+            finally:
+                uvicorn.should_exit = True
+                for task in tasks[-2:]:  # the dispatcher and the supervisor, which would start the engine again
+                    task.cancel()
+                await grpc_server.stop()
+                await engine.stop()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(tasks[0], 5)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        def _add_routes(self, repository: ModelRepository) -> None:
+            app = kserve_server.app
+            for router in ROUTERS:
+                app.include_router(router(repository))
+            app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes)
+
+            async def http_error(_: Request, error: Exception) -> JSONResponse:
+                assert isinstance(error, HTTPException)
+                return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+            app.add_exception_handler(HTTPException, http_error)
+
+    return Runner(
+        http_port=settings.http_port,
+        enable_grpc=False,  # ours replaces it
+        enable_docs_url=settings.enable_docs_url,
+        enable_latency_logging=False,
+        workers=settings.workers,
+        timeout_keep_alive=settings.timeout_keep_alive,
+        grace_period=settings.grace_period,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+    )
+
+
+def _failure(task: asyncio.Future[Any]) -> StartupError:
+    error = task.exception()
+    if isinstance(error, StartupError):
+        return error
+    if isinstance(error, OSError):
+        return StartupError(str(error))
+    log(logging.ERROR, "a part of the server stopped", exc_info=error)
+    return StartupError(f"a part of the server stopped: {type(error).__name__ if error else 'it returned'}")
+
+
+async def _drain(model: DiffusionModel, grace_period: int) -> None:
+    """Finish accepted work while new work gets 503; a moment before the grace period ends, tell the rest."""
+    log(logging.INFO, "stopping: accepted work finishes, new work gets 503", waiting=model.scheduler.depth)
+    try:
+        await asyncio.wait_for(model.scheduler.drain(), max(1.0, grace_period - 3.0))
+    except TimeoutError:
+        model.scheduler.abort("the server is shutting down; send the request again")
+    await asyncio.sleep(0.2)  # the last answers leave the sockets
+    log(logging.INFO, "stopped")
+
+
+def _on_signal(stop: asyncio.Event, engine: Any) -> None:
+    if stop.is_set():  # the second signal: at once, and leave nothing on the GPU
+        engine.kill()
+        os._exit(1)
+    stop.set()
+
+
+def _reap_orphans(engine: Any) -> None:
+    """As PID 1, collect children that others left; the engine itself is collected by its client."""
+    with contextlib.suppress(ChildProcessError):
+        while info := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if info.si_pid == engine.pid:
+                return
+            os.waitpid(info.si_pid, os.WNOHANG)
+
+
+def _check_port(name: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise StartupError(f"{name}={port}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""One pure-ASGI layer around every route: request ids, body limits, disconnects, errors in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+import orjson
+
+from runtime.errors import DiffusionError, PayloadTooLarge
+from runtime.logs import log, request_scope, unexpected
+
+PROBES = ("/v2/health/", "/metrics")
+
+
+class Guard:
+    """Runs the app in a task of its own, so that a client that leaves cancels what it asked for.
+
+    (Starlette's BaseHTTPMiddleware hides disconnects from the routes below it.)
+    """
+
+    def __init__(self, app: Any, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        with request_scope(headers.get("x-request-id")) as identity:
+            await _Exchange(scope, receive, send, identity, self._max_body_bytes).run(self._app, headers)
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Any, receive: Any, send: Any, identity: str, max_body_bytes: int) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._identity = identity
+        self._max_body_bytes = max_body_bytes
+        self._received = 0
+        self._body_read = asyncio.Event()
+        self._status = 0
+        self._begun = time.monotonic()
+
+    async def run(self, app: Any, headers: dict[str, str]) -> None:
+        try:
+            self._limit(int(headers["content-length"]) if headers.get("content-length", "").isdigit() else 0)
+            work = asyncio.create_task(app(self._scope, self.receive, self.send))
+            watch = asyncio.create_task(self._watch(work))
+            try:
+                await work
+            finally:
+                watch.cancel()
+                work.cancel()
+        except asyncio.CancelledError:
+            if not self._gone:
+                raise
+            self._log(499, "the client left")
+        except DiffusionError as error:
+            await self._refuse(error, str(error) if error.http_status < 500 else f"{error} (request {self._identity})")
+        except Exception as error:
+            if not self._gone:
+                await self._answer(500, unexpected(error, self._identity))
+
+    _gone = False
+
+    async def _watch(self, work: asyncio.Task[None]) -> None:
+        """Cancel `work` when the client leaves after its request is read."""
+        await self._body_read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        work.cancel()
+
+    async def receive(self) -> Any:
+        if self._body_read.is_set():  # a route that looks for a disconnect: the watcher tells it by cancelling
+            await asyncio.get_running_loop().create_future()
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._gone = True
+        else:
+            self._received += len(message.get("body", b""))
+            self._limit(self._received)
+        if not message.get("more_body", False):
+            self._body_read.set()
+        return message
+
+    def _limit(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            raise PayloadTooLarge(f"body: {size} bytes; at most {self._max_body_bytes} fit (MAX_BODY_BYTES)")
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            message = {
+                **message,
+                "headers": [*message.get("headers", []), (b"x-request-id", self._identity.encode("ascii"))],
+            }
+        await self._send(message)
+
+    async def _refuse(self, error: DiffusionError, text: str) -> None:
+        self._log(error.http_status, text)
+        headers = [] if error.retry_after is None else [(b"retry-after", str(error.retry_after).encode())]
+        await self._answer(error.http_status, text, headers)
+
+    async def _answer(self, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+        if self._status:  # the response has begun: it can only be cut short
+            return
+        body = orjson.dumps({"error": text})
+        start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
+        with contextlib.suppress(OSError):
+            await self.send({"type": "http.response.start", "status": status, "headers": start})
+            await self.send({"type": "http.response.body", "body": body})
+
+    def _log(self, status: int, text: str) -> None:
+        path = self._scope["path"]
+        if not path.startswith(PROBES) and not path.endswith("/ready"):
+            log(
+                logging.INFO,
+                "refused" if status != 499 else "cancelled",
+                status=status,
+                path=path[:200],
+                error=text,
+                seconds=round(time.monotonic() - self._begun, 4),
+            )

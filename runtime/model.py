@@ -1,0 +1,234 @@
+"""The model as KServe sees it: a `kserve.Model` whose work happens in the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from kserve import InferRequest, InferResponse, Model
+from kserve.model_repository import ModelRepository
+
+from runtime.engine.client import READY, UNLOADED, EngineClient, fatal
+from runtime.errors import InvalidRequest, ModelNotFound, NotImplementedHere, NotReady, StartupError
+from runtime.families.requests import RequestChecker
+from runtime.logs import log, request_id
+from runtime.protocol import v1, v2
+from runtime.scheduler import Scheduler
+from runtime.settings import Settings
+from runtime.types import GenerationRequest, GenerationResult
+
+MAX_ENGINE_FAILURES = 3  # in a row; then the process ends and Kubernetes takes over
+BACKOFF_SECONDS = 1.0  # before the first restart of a dead engine; doubles with each
+
+
+class DiffusionModel(Model):  # type: ignore[misc]
+    """One diffusers pipeline behind v1 and v2. Ready exactly while its engine is."""
+
+    def __init__(self, settings: Settings, engine: EngineClient, scheduler: Scheduler) -> None:
+        super().__init__(settings.model_name)
+        self._settings = settings
+        self.engine = engine
+        self.scheduler = scheduler
+        self._checker: RequestChecker | None = None
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+
+    # --- KServe's lifecycle: loading is the supervisor's; these must neither load nor claim readiness
+
+    def load(self) -> bool:
+        return self.engine.state == READY
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    async def healthy(self) -> bool:
+        return self.engine.state == READY and self._checker is not None and not self.scheduler.draining
+
+    def describe(self) -> str:
+        """Why the model is not ready, in words."""
+        return "draining: the server is shutting down" if self.scheduler.draining else self.engine.describe()
+
+    async def supervise(self) -> None:
+        """Keep an engine running. Raises StartupError when the model cannot be loaded or the engine keeps dying."""
+        failures = 0
+        while True:
+            await self._wanted.wait()
+            begun = time.monotonic()
+            self.engine.start()
+            if not await self._loaded():
+                if self.engine.state == UNLOADED:
+                    continue
+                raise fatal(self.engine)
+            failures = 0 if time.monotonic() - begun > 60 else failures
+            capabilities = self.engine.capabilities
+            assert capabilities is not None
+            self._checker = RequestChecker(capabilities, self._settings.limits)
+            log(
+                logging.INFO,
+                f"ready: {capabilities.pipeline_class} as {self.name}",
+                seconds=round(time.monotonic() - begun, 1),
+                device=capabilities.device,
+                dtypes=dict(capabilities.dtypes),
+                revision=capabilities.model_revision,
+            )
+            await self.engine.wait_exited()
+            self._checker = None
+            if self.engine.state == UNLOADED:
+                continue
+            failures += 1
+            if failures > MAX_ENGINE_FAILURES:
+                raise StartupError(f"the engine died {failures} times in a row: {self.engine.reason}")
+            await asyncio.sleep(BACKOFF_SECONDS * 2 ** (failures - 1))
+
+    async def _loaded(self) -> bool:
+        """True once the engine is ready, False once it is gone."""
+        waits = [asyncio.ensure_future(self.engine.ready.wait()), asyncio.ensure_future(self.engine.wait_exited())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return self.engine.ready.is_set()
+
+    async def unload_from_api(self) -> None:
+        """End the engine and free its device. Raises NotImplementedHere unless ENABLE_REPOSITORY_API."""
+        self._allow_repository_api()
+        self._wanted.clear()
+        await self.engine.stop()
+
+    async def load_from_api(self) -> None:
+        """Start the engine and return when the model is loaded. Raises NotImplementedHere and NotReady."""
+        self._allow_repository_api()
+        self._wanted.set()
+        await asyncio.sleep(0)  # let the supervisor start the engine
+        if not await self._loaded():
+            raise NotReady(f"the model could not be loaded ({self.engine.describe()})")
+
+    def _allow_repository_api(self) -> None:
+        if not self._settings.enable_repository_api:
+            raise NotImplementedHere("the repository API is off; ENABLE_REPOSITORY_API=true turns it on")
+
+    # --- requests
+
+    def validate(self, payload: Any) -> Any:
+        return payload  # KServe's own check knows less than the protocols' decoders
+
+    async def predict(
+        self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
+    ) -> dict[str, Any] | InferResponse:
+        """v1: a decoded JSON body to a body whose media are `Base64`. v2: InferRequest to InferResponse."""
+        checker = self.checker
+        most = self._settings.max_instances
+        if not isinstance(payload, InferRequest):
+            rows = v1.decode(payload, most)
+            return v1.encode(await self._generate(rows, "instances"), self.name)
+        v2.requested(payload, checker.media)
+        rows = v2.decode(payload, checker.schema, most)
+        results = await self._generate(rows, "prompt" if len(rows) > 1 else "")
+        return v2.encode(results, payload, self.name, payload.id or request_id.get())
+
+    @property
+    def checker(self) -> RequestChecker:
+        """What a request may say to the loaded model. Raises NotReady while there is none."""
+        if self._checker is None or self.engine.state != READY:
+            raise NotReady(f"the model is not ready ({self.describe()})", retry_after=5)
+        return self._checker
+
+    async def _generate(self, rows: list[dict[str, Any]], label: str) -> list[GenerationResult]:
+        """Check every row before any of them costs anything, then run them. `label` names a row in messages."""
+        begun = time.monotonic()
+        checker, checked = self.checker, []
+        for i, row in enumerate(rows):
+            checked.append(_named(label, i, checker.check, row))
+        requests = await asyncio.to_thread(
+            lambda: [_named(label, i, checker.complete, values) for i, values in enumerate(checked)]
+        )
+        try:
+            results = await self.scheduler.generate(requests, request_id.get())
+        except BaseException as error:
+            for request in requests:
+                self._log_request(request, type(error).__name__, {"total": round(time.monotonic() - begun, 4)})
+            raise
+        for result in results:
+            self._log_request(result.request, "ok", result.timings)
+        return results
+
+    def _log_request(self, request: GenerationRequest, outcome: str, timings: Any) -> None:
+        log(
+            logging.INFO,
+            "request",
+            outcome=outcome,
+            size=f"{request.width}x{request.height}",
+            frames=request.num_frames,
+            steps=request.num_inference_steps,
+            n=request.n,
+            seed=request.seed,
+            sources=len(request.images) or None,
+            prompt=request.prompt if self._settings.log_prompts else None,
+            timings=dict(timings),
+        )
+
+    # --- metadata
+
+    def metadata(self) -> dict[str, Any]:
+        """v2 metadata; `parameters` describe each field. Before READY the inputs are not known yet."""
+        told: dict[str, Any] = {"name": self.name, "platform": "diffusers", "inputs": [], "outputs": []}
+        capabilities, checker = self.engine.capabilities, self._checker
+        if capabilities is None or checker is None:
+            return told
+        return {
+            **told,
+            "inputs": v2.inputs(checker.schema),
+            "outputs": v2.outputs(checker.media),
+            "properties": {
+                "family": capabilities.family,
+                "pipeline": capabilities.pipeline_class,
+                "revision": capabilities.model_revision,
+                "device": capabilities.device,
+                "dtypes": dict(capabilities.dtypes),
+                "optimizations": dict(capabilities.optimizations),
+                "engine_variant": capabilities.engine_variant,
+                "parameters": v2.parameters(checker.schema),
+                "refused": dict(checker.schema.refused),
+            },
+        }
+
+
+def _named(label: str, index: int, function: Any, argument: Any) -> Any:
+    try:
+        return function(argument)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{label}[{index}]: {error}" if label else str(error)) from error
+
+
+class Repository(ModelRepository):  # type: ignore[misc]
+    """The one model, found under its name and its aliases."""
+
+    def __init__(self, model: DiffusionModel, aliases: tuple[str, ...]) -> None:
+        super().__init__()
+        self.update(model)
+        self._aliases = dict.fromkeys(aliases, model.name)
+
+    def get_model(self, name: str) -> DiffusionModel | None:
+        model: DiffusionModel | None = self.models.get(name) or self.models.get(self._aliases.get(name, ""))
+        return model
+
+    def unload(self, name: str) -> None:
+        """KServe's server unloads every model when it stops; ours ends with its engine."""
+
+
+def find_model(repository: ModelRepository, name: str, version: str = "") -> DiffusionModel:
+    """The model `name`. Raises ModelNotFound, and NotImplementedHere for a version."""
+    model = repository.get_model(name)
+    if model is None:
+        known = ", ".join(repository.get_models())
+        raise ModelNotFound(f"model {name[:80]!r} is not served here; this server has {known}")
+    if version:
+        raise NotImplementedHere("model versions are not served; leave the version out")
+    found: DiffusionModel = model
+    return found

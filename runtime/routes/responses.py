@@ -1,0 +1,52 @@
+"""Responses that go out in chunks, so that a 100 MB body never holds the event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from runtime.protocol.wire import CHUNK, Base64, pieces
+
+
+class Chunked(Response):
+    """A body given in parts, with its true Content-Length. Base64 parts are encoded while they are sent."""
+
+    def __init__(
+        self, parts: Iterable[bytes | bytearray | Base64], media_type: str, headers: dict[str, str] | None = None
+    ) -> None:
+        self._parts = list(parts)
+        length = sum(map(len, self._parts))
+        super().__init__(media_type=media_type, headers={**(headers or {}), "content-length": str(length)})
+
+    def _chunks(self) -> Iterator[bytes | memoryview]:
+        small = bytearray()
+        for part in self._parts:
+            if isinstance(part, Base64) or len(part) > CHUNK:
+                if small:
+                    yield bytes(small)
+                    small.clear()
+                if isinstance(part, Base64):
+                    yield from part.chunks()
+                else:
+                    view = memoryview(part)
+                    yield from (view[i : i + CHUNK] for i in range(0, len(view), CHUNK))
+            else:
+                small += part
+        if small:
+            yield bytes(small)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for chunk in self._chunks():
+            await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """`value` as JSON; `Base64` objects in it are streamed."""
+    response = Chunked(pieces(value), "application/json", headers)
+    response.status_code = status
+    return response

@@ -1,0 +1,36 @@
+"""v1 over HTTP: /v1/models, /v1/models/{name}, /v1/models/{name}:predict."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from kserve.model_repository import ModelRepository
+
+from runtime.errors import NotReady
+from runtime.model import find_model
+from runtime.protocol.wire import parse
+from runtime.routes.responses import json_response
+
+
+def router(repository: ModelRepository) -> APIRouter:
+    routes = APIRouter(tags=["V1"])
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"models": list(repository.get_models())})
+
+    @routes.get("/v1/models/{model_name}")
+    async def model_ready(model_name: str) -> Response:
+        model = find_model(repository, model_name)
+        if not await model.healthy():
+            raise NotReady(f"the model is not ready ({model.describe()})", retry_after=5)
+        return json_response({"name": model.name, "ready": True})
+
+    @routes.post("/v1/models/{model_name}:predict")
+    async def predict(model_name: str, request: Request) -> Response:
+        model = find_model(repository, model_name)
+        _ = model.checker  # 503 before the body is read
+        payload = parse(await request.body())  # whatever the content type: curl's default is a form's
+        body, _ = await model(payload, headers=dict(request.headers))
+        return json_response(body)
+
+    return routes

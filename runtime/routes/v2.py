@@ -1,0 +1,106 @@
+"""v2 over HTTP: health, metadata, readiness, infer and the repository."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from kserve import InferResponse
+from kserve.model_repository import ModelRepository
+
+from runtime import __version__
+from runtime.model import DiffusionModel, find_model
+from runtime.protocol import v2
+from runtime.protocol.wire import parse
+from runtime.routes.responses import Chunked, json_response
+
+JSON_LENGTH = "inference-header-content-length"
+
+
+def router(repository: ModelRepository) -> APIRouter:
+    routes = APIRouter(prefix="/v2", tags=["V2"])
+
+    def models() -> list[DiffusionModel]:
+        return list(repository.get_models().values())
+
+    @routes.get("")
+    async def server_metadata() -> Response:
+        return json_response(
+            {
+                "name": "diffusion-runtime",
+                "version": __version__,
+                "extensions": ["binary_tensor_data", "model_repository"],
+                "kserve": version("kserve"),
+            }
+        )
+
+    @routes.get("/health/live")
+    async def live() -> Response:
+        return json_response({"live": True})
+
+    @routes.get("/health/ready")
+    async def ready() -> Response:
+        for model in models():
+            if not await model.healthy():
+                return json_response({"ready": False, "error": f"{model.name}: {model.describe()}"}, 503)
+        return json_response({"ready": True})
+
+    @routes.get("/models")
+    async def list_models() -> Response:
+        return json_response({"models": [model.name for model in models()]})
+
+    @routes.get("/models/{model_name}")
+    @routes.get("/models/{model_name}/versions/{model_version}", include_in_schema=False)
+    async def model_metadata(model_name: str, model_version: str = "") -> Response:
+        return json_response(find_model(repository, model_name, model_version).metadata())
+
+    @routes.get("/models/{model_name}/ready")
+    @routes.get("/models/{model_name}/versions/{model_version}/ready", include_in_schema=False)
+    async def model_ready(model_name: str, model_version: str = "") -> Response:
+        model = find_model(repository, model_name, model_version)
+        if not await model.healthy():
+            return json_response({"name": model.name, "ready": False, "error": model.describe()}, 503)
+        return json_response({"name": model.name, "ready": True})
+
+    @routes.post("/models/{model_name}/infer")
+    @routes.post("/models/{model_name}/versions/{model_version}/infer", include_in_schema=False)
+    async def infer(model_name: str, request: Request, model_version: str = "") -> Response:
+        model = find_model(repository, model_name, model_version)
+        _ = model.checker  # 503 before the body is read
+        decoded = v2.rest_request(await request.body(), request.headers.get(JSON_LENGTH), model.name)
+        response, _ = await model(decoded, headers=dict(request.headers))
+        assert isinstance(response, InferResponse)
+        parts, json_length = v2.rest_response(response, decoded)
+        if json_length is None:
+            return Chunked(parts, "application/json")
+        return Chunked(parts, "application/octet-stream", {JSON_LENGTH: str(json_length)})
+
+    @routes.get("/repository/index")
+    @routes.post("/repository/index")
+    async def index(request: Request) -> Response:
+        only_ready = False
+        if request.method == "POST" and (body := await request.body()):
+            asked = parse(body)
+            only_ready = isinstance(asked, dict) and asked.get("ready") is True
+        entries: list[dict[str, Any]] = []
+        for model in models():
+            healthy = await model.healthy()
+            if healthy or not only_ready:
+                reason = "" if healthy else model.describe()
+                entries.append({"name": model.name, "state": "READY" if healthy else "UNAVAILABLE", "reason": reason})
+        return json_response(entries)
+
+    @routes.post("/repository/models/{model_name}/load")
+    async def load(model_name: str) -> Response:
+        model = find_model(repository, model_name)
+        await model.load_from_api()
+        return json_response({"name": model.name, "load": True})
+
+    @routes.post("/repository/models/{model_name}/unload")
+    async def unload(model_name: str) -> Response:
+        model = find_model(repository, model_name)
+        await model.unload_from_api()
+        return json_response({"name": model.name, "unload": True})
+
+    return routes

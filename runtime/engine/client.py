@@ -67,8 +67,8 @@ class EngineClient:
         self._jobs = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
         self._exited = asyncio.Event()
-        self.state = UNLOADED
-        self.stage: Stage = Stage(UNLOADED, 0.0)
+        self.state = LOADING
+        self.stage = Stage(LOADING, 0.0)
         self.reason = ""
         self.capabilities: Capabilities | None = None
         self.ready = asyncio.Event()
@@ -92,7 +92,7 @@ class EngineClient:
         control, their_control = socket.socketpair()
         media, their_media = socket.socketpair()
         threads = str(self._cpu_threads)
-        self.state, self.stage, self.reason, self.capabilities = LOADING, Stage("starting", 0.0), "", None
+        self.state, self.stage, self.reason, self.capabilities = LOADING, Stage(LOADING, 0.0), "", None
         self._exited = asyncio.Event()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runtime.engine.worker", str(their_control.fileno()), str(their_media.fileno())],

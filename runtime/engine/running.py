@@ -41,13 +41,14 @@ class Hooks:
 
     def call(self, pipeline: Any, request: GenerationRequest, context: Context, **arguments: Any) -> Any:
         """The pipeline's output. Times it as prepare, denoise and decode, and reports each step."""
-        total = request.num_inference_steps
         begun = time.perf_counter()
         self.context, self.first_forward = context, None
         last_step = begun
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal last_step
+            # Some schedulers take more timesteps than were asked for: PNDM one more, Heun almost twice as many.
+            total = getattr(pipeline, "num_timesteps", None) or request.num_inference_steps
             context.advance("denoise", step + 1, total)
             if step + 1 == total:
                 context.synchronize()

@@ -85,9 +85,8 @@ class Engine:
         folder = resolve(configuration.source)
         if not (folder / "model_index.json").is_file():  # before the seconds that importing torch takes
             raise StartupError(f"{folder} holds no pipeline: it has no model_index.json")
-        import torch
-
         import diffusers
+        import torch
         import transformers
 
         torch.set_num_threads(configuration.cpu_threads)

@@ -45,6 +45,9 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
         for name, parameter in signature.items()
         if name not in OWN and (kind := _scalar_kind(hints.get(name))) and _is_plain(parameter.default)
     }
+    for name, reason in _without_effect(pipeline).items():
+        if extra.pop(name, None) is not None:
+            refused[name] = reason
     transformer = getattr(pipeline, "transformer", None)
     if transformer is not None and transformer.config.get("guidance_embeds") is False and "true_cfg_scale" in extra:
         takes.pop("guidance_scale", None)
@@ -125,6 +128,26 @@ class Runner:
             **arguments,
         )
         return output.frames[0] if hasattr(output, "frames") else output.images[0]
+
+
+def _without_effect(pipeline: Any) -> dict[str, str]:
+    """Arguments that the pipeline's signature has and this checkpoint ignores or fails on, with the reason."""
+    scheduler = pipeline.scheduler
+    found = {}
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        found["eta"] = "this model's scheduler takes none"
+    if not scheduler.config.get("use_dynamic_shifting"):
+        found["mu"] = "this model's scheduler does not shift dynamically"
+    for name in ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"):
+        found[name] = "it needs a list of layers, which requests cannot give"
+    encode_prompt = getattr(type(pipeline), "encode_prompt", None)
+    if (
+        encode_prompt is not None
+        and "text_encoder.text_model" in inspect.getsource(encode_prompt)
+        and not hasattr(pipeline.text_encoder, "text_model")  # gone from transformers 5's CLIPTextModel
+    ):
+        found["clip_skip"] = "this pipeline reads it with a text encoder of older transformers"
+    return found
 
 
 def _hints(function: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
             default=extra["default"],
             max_length=prompt_length,
         )
-    refused = {
+    refused = {name: reason for name, reason in facts["refused"].items() if name not in parameters} | {
         name: facts["refused"].get(name, f"{facts['pipeline']} takes no such argument")
         for name in COMMON
         if name not in parameters and name not in ("seed", "output_format", "output_quality")
@@ -63,12 +63,11 @@ def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -
     gate = facts[
         "negative_prompt_gate"
     ]  # the argument that turns guidance on: guidance_scale, or Flux's true_cfg_scale
-    if values.get("negative_prompt") is not None and gate is not None:
+    given = [n for n in ("negative_prompt", "negative_prompt_2", "negative_prompt_3") if values.get(n) or extra.get(n)]
+    if given and gate is not None:
         value = extra.get(gate, facts["extra"].get(gate, {}).get("default")) if gate in facts["extra"] else values[gate]
         if value is None or value <= 1:
-            raise InvalidRequest(
-                f"negative_prompt: it has no effect while {gate} is {number(value or 0)}; use one above 1"
-            )
+            raise InvalidRequest(f"{given[0]}: it has no effect while {gate} is {number(value or 0)}; use one above 1")
     width = values.pop("width", None) or facts["default_width"]
     height = values.pop("height", None) or facts["default_height"]
     check_pixels(width, height, cap(limits.max_pixels, OWN_LIMITS["max_pixels"]))

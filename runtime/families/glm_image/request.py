@@ -64,7 +64,7 @@ def source_size(width: int, height: int, facts: Mapping[str, Any]) -> tuple[int,
 
     The token path shrinks to multiples of 32 within the processor's edges, the VAE path floors to
     16: only a size that both leave alone keeps their grids equal. The rule is `smart_resize` of
-    transformers' GLM-Image image processor, rounded to 32.
+    transformers' GLM-Image image processor, which works on half the size in multiples of 16.
     """
     shortest, longest = int(facts["source_shortest_edge"]), int(facts["source_longest_edge"])
     scale = max(1.0, shortest / min(width, height))
@@ -73,6 +73,6 @@ def source_size(width: int, height: int, facts: Mapping[str, Any]) -> tuple[int,
     least = min(-(-shortest // MULTIPLE) * MULTIPLE, most)
 
     def rounded(side: int) -> int:
-        return min(most, max(least, round(side * scale / MULTIPLE) * MULTIPLE))
+        return min(most, max(least, round(side // 2 * scale / (MULTIPLE // 2)) * MULTIPLE))
 
     return rounded(width), rounded(height)

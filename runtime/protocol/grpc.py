@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from typing import Any
 
@@ -35,6 +36,8 @@ CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+
+RAW_OUTPUT_TAG = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 
 
 def parameter_value(parameter: Any) -> Any:
@@ -84,18 +87,32 @@ def infer_request(message: pb.ModelInferRequest) -> InferRequest:
     return request
 
 
-def infer_response(response: InferResponse, raw: bool) -> pb.ModelInferResponse:
-    """`raw`: length-prefixed BYTES in raw_output_contents, as Triton's client reads; else in `contents`."""
+def infer_response(response: InferResponse, raw: bool) -> bytes:
+    """The serialized ModelInferResponse. `raw`: length-prefixed BYTES in raw_output_contents, as Triton's client
+    reads; else in `contents`. Slow for large media: run it in a thread.
+
+    The raw form is put together by hand: protobuf would copy a video three times, holding the interpreter lock.
+    """
     message = pb.ModelInferResponse(id=response.id, model_name=response.model_name)
+    parts: list[bytes | bytearray] = []
     for output in response.outputs:
         tensor = message.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
         if raw:
-            message.raw_output_contents.append(
-                b"".join(part for item in output.data for part in (struct.pack("<I", len(item)), item))
-            )
+            elements = [part for item in output.data for part in (struct.pack("<I", len(item)), item)]
+            parts += [RAW_OUTPUT_TAG, _varint(sum(map(len, elements))), *elements]
         else:
             tensor.contents.bytes_contents.extend(bytes(item) for item in output.data)
-    return message
+    return b"".join([message.SerializeToString(), *parts])
+
+
+def _varint(value: int) -> bytes:
+    """`value` as protobuf writes lengths: seven bits a byte, the lowest first."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 class Servicer(InferenceServicer):  # type: ignore[misc]
@@ -128,7 +145,7 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
         decoded = infer_request(request)
         headers = {key.lower(): value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         response, _ = await model(decoded, headers=headers)
-        return infer_response(response, decoded.use_binary_outputs)
+        return await asyncio.to_thread(infer_response, response, decoded.use_binary_outputs)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         await self._model(request.model_name).load_from_api()
@@ -166,7 +183,8 @@ class Errors(aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.unary_unary_rpc_method_handler(
             guarded,
             request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            # infer_response has serialized already
+            response_serializer=lambda answer: answer if isinstance(answer, bytes) else answer.SerializeToString(),
         )
 
 

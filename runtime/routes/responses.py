@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ class Chunked(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for chunk in self._chunks():
             await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
+            await asyncio.sleep(0)  # a client that reads as fast as this writes must not keep others waiting
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -1,0 +1,114 @@
+"""Write the tables of settings, routes, families, fields and errors into the docs, from the code.
+
+    python docs/generate.py            rewrite them
+    python docs/generate.py --check    fail when one is out of date
+
+A table stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+
+def rows(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    table = [list(head), *map(list, lines)]
+    table.insert(1, ["---"] * len(table[0]))
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
+
+
+def settings() -> str:
+    from runtime.settings import Settings, default_text
+
+    return rows(
+        ("variable", "flag", "default", "what it does"),
+        (
+            (f"`{name.upper()}`", f"`--{name}`", f"`{default_text(name)}`", info.description or "")
+            for name, info in Settings.model_fields.items()
+        ),
+    )
+
+
+def routes() -> str:
+    from kserve.model_repository import ModelRepository
+
+    from runtime.routes import ROUTERS
+
+    found = {
+        (route.path, method)
+        for router in ROUTERS
+        for route in router(ModelRepository()).routes
+        for method in sorted(getattr(route, "methods", ()))
+        if "{model_version}" not in route.path
+    }
+    return rows(("method", "path"), ((method, f"`{path}`") for path, method in sorted(found)))
+
+
+def errors() -> str:
+    from runtime.errors import all_errors
+
+    return rows(
+        ("HTTP", "gRPC", "error"),
+        (
+            (str(kind.http_status), kind.grpc_code, f"`{kind.__name__}`")
+            for kind in sorted(all_errors(), key=lambda kind: kind.http_status)
+        ),
+    )
+
+
+def families() -> str:
+    from runtime.families.registry import FAMILIES
+
+    return rows(
+        ("family", "pipeline classes"),
+        ((f"`{name}`", ", ".join(f"`{c}`" for c in classes) or "every other") for name, classes in FAMILIES.items()),
+    )
+
+
+def fields() -> str:
+    from runtime.families.base import ALIASES, COMMON
+
+    aliases: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        aliases.setdefault(name, []).append(f"`{alias}`")
+    return rows(
+        ("field", "also", "type", "what it is"),
+        ((f"`{p.name}`", ", ".join(aliases.get(p.name, [])), p.kind, p.description) for p in COMMON.values()),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (settings, routes, errors, families, fields)}
+
+
+def rewritten(text: str) -> str:
+    """`text` with each of its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- begin: {name} -->\n{TABLES[name]()}\n<!-- end: {name} -->"
+
+    return re.sub(r"<!-- begin: (\w+) -->.*?<!-- end: \1 -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    check, stale = "--check" in sys.argv[1:], []
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text()
+        if (new := rewritten(text)) != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new)
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run make docs")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""From the start of the process to READY, and every way a start can fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Serve, Server
+
+Start = Callable[..., Server]
+PROMPT = {"prompt": "a fox", "num_inference_steps": 2, "seed": 5}
+
+
+def wait_live(server: Server, seconds: float = 30) -> float:
+    """Seconds from the process's start, as the kernel saw it, to the first 200 of the liveness probe."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if server.request("GET", "/v2/health/live", timeout=5)[0] == 200:
+                return seconds - (deadline - time.monotonic())
+        time.sleep(0.01)
+    raise AssertionError(server.log.read_text())
+
+
+def ends_with(server: Server) -> tuple[int, list[str]]:
+    """The exit status and the lines that are no JSON log lines."""
+    status = server.process.wait(60)
+    return status, [line for line in server.log.read_text().splitlines() if not line.startswith("{")]
+
+
+def test_live_at_once_and_ready_only_when_loaded(start: Start) -> None:
+    server = start("glm-image")
+    wait_live(server)
+    status, body = server.json("GET", "/v2/models/tiny/ready")
+    assert status == 503 and body["ready"] is False and body["error"].startswith("loading")
+    assert server.json("GET", "/v2/health/ready")[0] == 503
+    assert server.json("GET", "/v1/models/tiny")[0] == 503
+    assert server.json("GET", "/v2/repository/index")[1][0]["state"] == "UNAVAILABLE"
+    assert server.json("GET", "/v2/models/tiny")[1]["inputs"] == []
+    for path, call in (
+        ("/v1/models/tiny:predict", {"instances": [PROMPT]}),
+        ("/v2/models/tiny/infer", {"inputs": []}),
+    ):
+        status, headers, content = server.request("POST", path, call)
+        assert status == 503 and "loading" in json.loads(content)["error"]
+        assert int(headers["retry-after"]) > 0 and headers["x-request-id"]
+    server.wait_ready()
+    assert server.json("GET", "/v2/health/ready") == (200, {"ready": True})
+    assert server.json("GET", "/v1/models/tiny") == (200, {"name": "tiny", "ready": True})
+    assert server.stop() == 0
+
+
+def test_stages_are_told_while_the_model_loads(start: Start) -> None:
+    server = start("glm-image")
+    wait_live(server)
+    told = set()
+    while (answer := server.json("GET", "/v2/models/tiny/ready"))[0] == 503:
+        told.add(answer[1]["error"].split(",")[0])
+        assert server.process.poll() is None
+    assert "loading" in told and "warming" in told
+    assert server.stop() == 0
+
+
+def test_warmup_leaves_no_trace(serve: Serve, start: Start) -> None:
+    """The first request gives the same bytes with and without a warm-up."""
+    cold = start("glm-image", "--warmup", "false")
+    cold.wait_ready()
+    wanted = {**PROMPT, "size": "64x64"}
+    first = cold.predict(wanted)[0]["image"]["b64"]
+    assert "warmed up" not in cold.log.read_text()
+    assert first == serve("glm-image").predict(wanted)[0]["image"]["b64"]
+    assert cold.stop() == 0
+
+
+def broken(tiny: Path, folder: Path, change: Callable[[Path], Any]) -> Path:
+    shutil.copytree(tiny / "sd15", folder)
+    change(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json"),
+        (lambda f: (f / "generation_defaults.json").write_text('{"width": 63}'), "generation_defaults.json: width: 63"),
+        (lambda f: (f / "generation_defaults.json").write_text("[1]"), "generation_defaults.json"),
+        (lambda f: shutil.rmtree(f / "unet"), "unet"),
+        (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10"), "vae"),
+    ],
+    ids=["no index", "index no JSON", "default that does not fit", "defaults no object", "no unet", "truncated vae"],
+)
+def test_a_folder_that_holds_no_model_ends_the_start(
+    start: Start, tiny_models: Path, tmp_path: Path, change: Callable[[Path], Any], said: str
+) -> None:
+    status, lines = ends_with(start(broken(tiny_models, tmp_path / "model", change)))
+    assert status == 1
+    assert len(lines) == 1 and lines[0].startswith("diffusion-runtime: ") and said in lines[0]
+
+
+def test_a_missing_folder_ends_the_start(start: Start, tmp_path: Path) -> None:
+    status, lines = ends_with(start(tmp_path / "nothing"))
+    assert status == 1 and len(lines) == 1 and "nothing" in lines[0]
+
+
+def test_bad_settings_end_the_start_with_a_line_each(start: Start) -> None:
+    status, lines = ends_with(start("sd15", "--dtype", "int3", MAX_PIXELS="many", WARMUP="perhaps"))
+    assert status == 1
+    assert sorted(line.split(":")[1].strip().split("=")[0] for line in lines) == ["--dtype", "MAX_PIXELS", "WARMUP"]
+
+
+def test_an_unknown_flag_ends_the_start(start: Start) -> None:
+    status, lines = ends_with(start("sd15", "--modle_id", "x"))
+    assert status == 1 and len(lines) == 1 and "--modle_id" in lines[0]
+
+
+@pytest.mark.parametrize("flag", ["--http_port", "--grpc_port"])
+def test_a_port_that_is_taken_ends_the_start(start: Start, flag: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        status, lines = ends_with(start("sd15", flag, port))
+    assert status == 1 and len(lines) == 1 and port in lines[0]
+
+
+def test_optimizations_say_what_came_of_them(start: Start) -> None:
+    server = start("wan-t2v-a14b", ENABLE_ATTENTION_SLICING="true", ENABLE_VAE_TILING="true", ENABLE_CPU_OFFLOAD="yes")
+    server.wait_ready()
+    told = server.json("GET", "/v2/models/tiny")[1]["properties"]
+    assert told["optimizations"]["attention_slicing"].startswith("not_applicable")
+    assert told["optimizations"]["cpu_offload"].startswith("not_applicable")
+    assert told["optimizations"]["vae_tiling"].startswith("on")
+    assert "vae_tiling" in told["engine_variant"]
+    assert server.stop() == 0

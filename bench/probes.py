@@ -99,8 +99,10 @@ def measure(model: Path) -> dict[str, Any]:
     port, grpc_port = free_port(), free_port()
     begun = time.monotonic()
     server = subprocess.Popen(
-        [sys.executable, "-m", "runtime", "--model_id", str(model), "--model_name", "m"]
-        + ["--http_port", str(port), "--grpc_port", str(grpc_port), "--log_format", "json"],
+        [
+            *(sys.executable, "-m", "runtime", "--model_id", str(model), "--model_name", "m"),
+            *("--http_port", str(port), "--grpc_port", str(grpc_port), "--log_format", "json"),
+        ],
         stderr=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"

@@ -37,6 +37,8 @@ def main() -> int:
 
 def serve(settings: Settings) -> int:
     """Serve until a signal. Raises StartupError."""
+    if settings.enable_grpc and settings.http_port == settings.grpc_port:
+        raise StartupError(f"HTTP_PORT and GRPC_PORT are both {settings.http_port}; they must differ")
     for name, port in (("HTTP_PORT", settings.http_port), ("GRPC_PORT", settings.grpc_port)):
         if name == "HTTP_PORT" or settings.enable_grpc:
             _check_port(name, port)

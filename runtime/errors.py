@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 
@@ -94,6 +95,17 @@ def all_errors() -> list[type[DiffusionError]]:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """`value` as an error message quotes it: its repr, cut so that a megabyte of base64 is not echoed."""
-    text = repr(value[: limit + 1]) if isinstance(value, str | bytes) else repr(value)
+    """`value` as an error message quotes it: its repr, cut so that a megabyte of base64 is not echoed.
+
+    Neither the depth nor the length of what a client sends costs anything here.
+    """
+    if isinstance(value, str | bytes):
+        text = repr(value[: limit + 1])
+    elif isinstance(value, list | tuple | dict):
+        brief = reprlib.Repr()
+        brief.maxlevel, brief.maxstring = 4, limit
+        brief.maxlist = brief.maxtuple = brief.maxdict = limit // 2
+        text = brief.repr(value)
+    else:
+        text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

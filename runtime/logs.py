@@ -31,12 +31,24 @@ class _JsonFormatter(logging.Formatter):
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:  # an integer beyond 64 bits, a lone surrogate, a key that is no scalar
+            return orjson.dumps({key: _plain(value) for key, value in line.items()}).decode()
+
+
+def _plain(value: Any) -> Any:
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        return ascii(value)
+    return value
 
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {key}={value}" for key, value in getattr(record, "fields", {}).items())
+        told = {"request_id": request_id.get()} if request_id.get() else {}
+        fields = "".join(f" {key}={value}" for key, value in {**told, **getattr(record, "fields", {})}.items())
         trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         return f"{clock} {record.levelname.lower():7} {record.getMessage()}{fields}{trace}"
@@ -80,3 +92,8 @@ def unexpected(error: BaseException, identity: str) -> str:
     """Log a fault of ours with its traceback; returns what the client may read of it."""
     log(logging.ERROR, f"internal error: {type(error).__name__}", exc_info=error)
     return f"internal error (request {identity}); the server's log has the details"
+
+
+def with_request_id(text: str, identity: str) -> str:
+    """A message of ours, for 5xx answers: where to look in the log."""
+    return text if identity in text else f"{text} (request {identity})"

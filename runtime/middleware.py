@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from runtime.errors import DiffusionError, PayloadTooLarge
-from runtime.logs import log, request_scope, unexpected
+from runtime.logs import log, request_scope, unexpected, with_request_id
 
 PROBES = ("/v2/health/", "/metrics")
 
@@ -62,7 +62,9 @@ class _Exchange:
                 raise
             self._log(499, "the client left")
         except DiffusionError as error:
-            await self._refuse(error, str(error) if error.http_status < 500 else f"{error} (request {self._identity})")
+            await self._refuse(
+                error, str(error) if error.http_status < 500 else with_request_id(str(error), self._identity)
+            )
         except Exception as error:
             if not self._gone:
                 await self._answer(500, unexpected(error, self._identity))

@@ -100,6 +100,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
         self._allow_repository_api()
         self._wanted.clear()
         await self.engine.stop()
+        self.scheduler.abort("the model is not ready (unloaded)")
 
     async def load_from_api(self) -> None:
         """Start the engine and return when the model is loaded. Raises NotImplementedHere and NotReady."""

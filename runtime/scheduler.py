@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from runtime.engine.client import EngineClient, EngineDied, Ticket
-from runtime.errors import NotReady, QueueFull
+from runtime.engine.client import UNLOADED, EngineClient, EngineDied, Ticket
+from runtime.errors import InvalidRequest, NotReady, QueueFull
 from runtime.logs import log
 from runtime.types import GenerationRequest, GenerationResult, Progress
 
@@ -26,6 +27,7 @@ class Job:
     request_id: str
     on_progress: Callable[[Progress], None]
     result: asyncio.Future[GenerationResult]
+    number: int = field(default_factory=itertools.count(1).__next__)  # first come, first served
     admitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     attempts: int = 0
@@ -60,6 +62,9 @@ class Scheduler:
         """
         if self.draining:
             raise NotReady("the server is shutting down", retry_after=5)
+        if len(requests) > self._max_queue_size:
+            most = f"{self._max_queue_size} fit in one call (MAX_QUEUE_SIZE)"
+            raise InvalidRequest(f"instances: {len(requests)} prompts; at most {most}")
         if self.depth + len(requests) > self._max_queue_size:
             raise QueueFull(
                 f"{self.depth} prompts wait and at most {self._max_queue_size} may; try again later", retry_after=5
@@ -95,6 +100,8 @@ class Scheduler:
             if not self._waiting:  # cancelled while the engine came up
                 continue
             job = self._waiting.popleft()
+            if job.result.done():  # aborted while it waited
+                continue
             try:
                 job.ticket = ticket = self._engine.submit(job.request, job.on_progress, job.request_id)
             except NotReady:  # the engine died between the two lines
@@ -110,10 +117,11 @@ class Scheduler:
         try:
             result = await ticket.result
         except EngineDied as error:
-            if job.attempts < MAX_ATTEMPTS and not job.result.done():
+            if job.attempts < MAX_ATTEMPTS and self._engine.state != UNLOADED and not job.result.done():
                 log(logging.WARNING, "the engine ended under a request; it runs once more", request_id=job.request_id)
                 job.ticket = None
-                self._waiting.appendleft(job)
+                self._waiting.append(job)
+                self._waiting = deque(sorted(self._waiting, key=lambda waiting: waiting.number))
                 self._wake.set()
             elif not job.result.done():
                 job.result.set_exception(error)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from runtime.errors import StartupError
+from runtime.errors import StartupError, shown
 from runtime.families.base import Limits
 
 
@@ -99,7 +99,9 @@ class Settings(BaseModel):
     ssl_keyfile: str | None = Field(None, description="Private key for HTTPS.")
     enable_docs_url: bool = Field(False, description="Serve the OpenAPI page at /docs.")
     enable_repository_api: bool = Field(False, description="Allow /v2/repository load and unload.")
-    workers: Literal[1] = Field(1, description="Server processes; always 1: one engine holds the GPU.")
+    workers: Annotated[int, Field(ge=1, le=1)] = Field(
+        1, description="Server processes; always 1: one engine holds the GPU."
+    )
     grace_period: Positive = Field(30, description="Seconds that accepted work may take to finish after SIGTERM.")
 
     # Logs
@@ -137,17 +139,17 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     given: dict[str, tuple[str, str]] = {}  # field -> (how it was named, value)
     for name in Settings.model_fields:
         variable = name.upper()
-        value = environ.get(variable, "")
+        value = environ.get(variable, "").strip()
         # A Service called "http" makes Kubernetes inject HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
-        if value.strip() and not (name.endswith("_port") and value.startswith("tcp://")):
+        if value and not (name.endswith("_port") and value.startswith("tcp://")):
             given[name] = (variable, value)
         if flags[name] is not None:
-            given[name] = (f"--{name}", flags[name])
+            given[name] = (f"--{name}", flags[name].strip())
     lines = []
     if "model_id" in given and "model_path" in given and given["model_id"][1] != given["model_path"][1]:
         lines.append(
-            f"{given['model_id'][0]}={given['model_id'][1]} and {given['model_path'][0]}={given['model_path'][1]} "
-            "name different models; set one of them"
+            " and ".join(f"{how}={_one_line(value)}" for how, value in (given["model_id"], given["model_path"]))
+            + " name different models; set one of them"
         )
     try:
         settings = Settings.model_validate({name: value for name, (_, value) in given.items()})
@@ -155,7 +157,7 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         for problem in error.errors():
             name = str(problem["loc"][0])
             how, value = given[name]
-            lines.append(f"{how}={value}: {problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{how}={_one_line(value)}: {problem['msg'].removeprefix('Value error, ')}")
     if lines:
         raise StartupError("\n".join(lines))
     return settings
@@ -164,6 +166,10 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with `changes`, for the engine process."""
     return {**os.environ, **changes}
+
+
+def _one_line(value: str) -> str:
+    return value if value.isprintable() and len(value) <= 80 else shown(value)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -25,6 +25,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
+from runtime.types import DEFAULTS_FILE
+
 # Classes are looked up where they are used, so that importing this module stays quick and silent. Both
 # libraries show a type checker untyped placeholders, hence Any; the aliases say what is meant.
 diffusers: Any = diffusers_library
@@ -492,7 +494,7 @@ def write(directory: Path, family: str) -> Path:
         unfinished = Path(scratch) / family
         with _quiet(), _own_seed():
             FAMILIES[family]().save_pretrained(unfinished, safe_serialization=True)
-        (unfinished / "generation_defaults.json").write_text(json.dumps(DEFAULTS[family], indent=2) + "\n")
+        (unfinished / DEFAULTS_FILE).write_text(json.dumps(DEFAULTS[family], indent=2) + "\n")
         try:
             unfinished.replace(target)
         except OSError as error:

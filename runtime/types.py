@@ -9,6 +9,9 @@ from typing import Any, Literal
 Scalar = str | int | float | bool
 Media = Literal["image", "video"]
 
+# In a model folder, a JSON object: the defaults of requests to that model.
+DEFAULTS_FILE = "generation_defaults.json"
+
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:

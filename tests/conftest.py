@@ -106,7 +106,8 @@ def clean_environment(**changes: str) -> dict[str, str]:
     from runtime.settings import Settings
 
     names = {name.upper() for name in Settings.model_fields}
-    return {**{k: v for k, v in os.environ.items() if k not in names}, "PYTHONPATH": str(ROOT), **changes}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**{k: v for k, v in os.environ.items() if k not in names}, "PYTHONPATH": path, **changes}
 
 
 def start_server(folder: Path, log: Path, *flags: str, name: str = "tiny", **environment: str) -> Server:

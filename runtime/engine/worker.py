@@ -41,11 +41,10 @@ from runtime.engine.messages import (
 )
 from runtime.errors import DiffusionError, StartupError
 from runtime.logs import configure, log, request_id, unexpected
-from runtime.types import Capabilities, GeneratedMedia, GenerationRequest
+from runtime.types import DEFAULTS_FILE, Capabilities, GeneratedMedia, GenerationRequest
 
 PR_SET_PDEATHSIG = 1
 HEARTBEAT_SECONDS = 1.0
-DEFAULTS_FILE = "generation_defaults.json"
 
 
 class Engine:

@@ -204,7 +204,7 @@ def check(schema: Schema, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def unknown_field(schema: Schema, name: str) -> str:
     known = [*schema.parameters, *schema.refused, *ALIASES, *SHORTHANDS]
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    near = get_close_matches(name[:64], known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(sorted(schema.parameters))}"
     return f"{shown(name)} is not a field of this model; {hint}"
 
@@ -259,6 +259,23 @@ def neighbours(p: Parameter, value: int) -> list[int]:
         for v in (below, below + p.multiple_of)
         if (p.minimum is None or v >= p.minimum) and (p.maximum is None or v <= p.maximum)
     ]
+
+
+def within(p: Parameter) -> Any:
+    """The default of `p`, lowered to what an operator's limit leaves legal."""
+    if p.default is None or p.maximum is None or isinstance(p.default, str) or p.default <= p.maximum:
+        return p.default
+    if p.kind != "integer":
+        return p.maximum
+    return (int(p.maximum) - p.offset) // p.multiple_of * p.multiple_of + p.offset
+
+
+def fit_pixels(width: int, height: int, limit: int, multiple: int, least: int) -> tuple[int, int]:
+    """A default size lowered to at most `limit` pixels, its aspect kept as far as multiples allow."""
+    if width * height <= limit:
+        return width, height
+    scale = math.sqrt(limit / (width * height))
+    return tuple(max(least, int(side * scale) // multiple * multiple) for side in (width, height))  # type: ignore[return-value]
 
 
 def check_pixels(width: int, height: int, limit: int) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from runtime.errors import InvalidRequest, StartupError, shown
-from runtime.families.base import IMAGE_FORMATS, VIDEO_FORMATS, Limits, Schema, check, normalise, parameter
+from runtime.families.base import IMAGE_FORMATS, VIDEO_FORMATS, Limits, Schema, check, normalise, parameter, within
 from runtime.families.registry import request_half
 from runtime.media import read_image
-from runtime.types import Capabilities, GenerationRequest, SourceImage
+from runtime.types import DEFAULTS_FILE, Capabilities, GenerationRequest, SourceImage
 
+EXCLUSIVE = (("seconds", "num_frames"), ("num_frames", "seconds"))
 MAX_DRAWN_SEED = 2**32  # drawn seeds stay exact in a client whose numbers are doubles
 
 
@@ -20,16 +22,18 @@ class RequestChecker:
 
     def __init__(self, capabilities: Capabilities, limits: Limits) -> None:
         self._half = request_half(capabilities.family)
-        self._facts = capabilities.facts
         self._limits = limits
+        self._rules = (capabilities.facts, limits)
         self.media = capabilities.media
-        self.schema = self._with_defaults(self._half.schema(self._facts, limits), capabilities)
+        self.schema = self._with_defaults(self._half.schema(*self._rules), capabilities)
+        self._probe(bool(capabilities.defaults))
 
     @staticmethod
     def _with_defaults(schema: Schema, capabilities: Capabilities) -> Schema:
-        """`schema` with the model folder's own defaults. Raises StartupError for one that does not fit."""
-        from dataclasses import replace
+        """`schema` with the fields of every model, the model folder's own defaults, and defaults within the limits.
 
+        Raises StartupError for a folder's default that does not fit.
+        """
         formats = VIDEO_FORMATS if capabilities.media == "video" else IMAGE_FORMATS
         parameters = {
             **schema.parameters,
@@ -38,22 +42,49 @@ class RequestChecker:
             "output_quality": parameter("output_quality"),
         }
         try:
-            probe = Schema({k: replace(p, required=False) for k, p in parameters.items()}, schema.refused)
-            defaults = check(probe, normalise(capabilities.defaults))
+            own = normalise(capabilities.defaults)
+            if "image" in own:
+                raise InvalidRequest("image: a picture cannot be a default")
+            optional = Schema({name: replace(p, required=False) for name, p in parameters.items()}, schema.refused)
+            values = check(optional, own)
         except InvalidRequest as error:
-            raise StartupError(f"generation_defaults.json: {error}") from error
-        for name in normalise(capabilities.defaults):
-            parameters[name] = replace(parameters[name], default=defaults[name])
-        return Schema(parameters, schema.refused)
+            raise StartupError(f"{DEFAULTS_FILE}: {error}") from error
+        for name, rival in EXCLUSIVE:
+            if name in own and rival not in own and rival in parameters:
+                parameters[rival] = replace(parameters[rival], default=None)
+        for name in own:
+            parameters[name] = replace(parameters[name], default=values[name], required=False)
+        return Schema({name: replace(p, default=within(p)) for name, p in parameters.items()}, schema.refused)
+
+    def _probe(self, folder_has_defaults: bool) -> None:
+        """Raises StartupError where the folder's defaults or the operator's limits make every request fail."""
+        needs = {name: "x" for name in ("prompt", "image") if name in self.schema.parameters}
+        try:
+            values = self.check({name: value for name, value in needs.items() if self.schema.parameters[name].required})
+            picture = SourceImage(512, 512, b"")
+            self._half.complete({**values, "images": tuple(picture for _ in values.get("images", ()))}, *self._rules)
+        except InvalidRequest as error:
+            blamed = DEFAULTS_FILE if folder_has_defaults else "with these limits no request can be served"
+            raise StartupError(f"{blamed}: {error}") from error
 
     def check(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The request's values, typed and in range, defaults filled in; pictures still encoded."""
-        values = check(self.schema, normalise(raw))
+        """The request's values, typed and in range, defaults filled in; pictures still encoded.
+
+        `given` names the fields that the request itself has: a family's rules let a default yield, not a request.
+        """
+        given = normalise(raw)
+        values = check(self.schema, given)
+        for name, rival in EXCLUSIVE:  # what the request says wins over a default that contradicts it
+            if name in given and rival not in given and rival in values:
+                values[rival] = None
         quality, output_format = values["output_quality"], values["output_format"]
-        if quality is not None and output_format == "png":
-            raise InvalidRequest(
-                f"output_quality: {quality} has no effect: png is lossless; jpeg and webp have a quality"
-            )
+        if output_format == "png" and quality is not None:
+            if "output_quality" not in given:
+                values["output_quality"] = None
+            else:
+                raise InvalidRequest(
+                    f"output_quality: {quality} has no effect: png is lossless; jpeg and webp have a quality"
+                )
         if values["seed"] is None:
             values["seed"] = secrets.randbelow(MAX_DRAWN_SEED)
         last = values["seed"] + values["n"] - 1
@@ -61,7 +92,7 @@ class RequestChecker:
             raise InvalidRequest(f"seed: {values['seed']} plus n - 1 = {values['n'] - 1} is more than 2^63 - 1")
         if "image" in values:
             values["images"] = self._listed(values.pop("image"))
-        return values
+        return {**values, "given": frozenset(given)}
 
     def _listed(self, given: Any) -> list[Any]:
         pictures = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
@@ -85,5 +116,5 @@ class RequestChecker:
             )
             for i, picture in enumerate(pictures)
         )
-        request: GenerationRequest = self._half.complete({**values, "images": images}, self._facts, self._limits)
+        request: GenerationRequest = self._half.complete({**values, "images": images}, *self._rules)
         return request

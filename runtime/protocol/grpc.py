@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc import aio
 from kserve import InferInput, InferRequest, InferResponse
@@ -17,8 +18,8 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.infer_type import RequestedOutput
 
-from runtime.errors import DiffusionError, InvalidRequest
-from runtime.logs import request_scope, unexpected
+from runtime.errors import DiffusionError, InvalidRequest, shown
+from runtime.logs import request_scope, unexpected, with_request_id
 from runtime.model import DiffusionModel, find_model
 from runtime.protocol import v2
 
@@ -61,10 +62,11 @@ def infer_request(message: pb.ModelInferRequest) -> InferRequest:
         raise InvalidRequest(f"raw_input_contents: {len(raw)} entries for {len(message.inputs)} inputs")
     inputs = []
     for i, tensor in enumerate(message.inputs):
+        v2.tensor_name(tensor.name, f"inputs[{i}].name")
         datatype = tensor.datatype.upper()
         if datatype != "BYTES" and datatype not in v2.NUMPY_TYPES:
             raise InvalidRequest(
-                f"{tensor.name}: datatype {tensor.datatype!r} is none of BYTES, {', '.join(v2.NUMPY_TYPES)}"
+                f"{tensor.name}: datatype {shown(tensor.datatype)} is none of BYTES, {', '.join(v2.NUMPY_TYPES)}"
             )
         if raw:
             if tensor.HasField("contents"):
@@ -125,6 +127,9 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
     def _model(self, name: str, version: str = "") -> DiffusionModel:
         return find_model(self._repository, name, version)
 
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return pb.ServerMetadataResponse(**v2.SERVER)
+
     async def ServerReady(self, request: Any, context: Any) -> Any:
         return pb.ServerReadyResponse(ready=all([await m.healthy() for m in self._repository.get_models().values()]))
 
@@ -163,26 +168,29 @@ class Errors(aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
-        inner = handler.unary_unary
+        inner, deserialize = handler.unary_unary, handler.request_deserializer
 
         async def guarded(request: Any, context: Any) -> Any:
             metadata = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
             with request_scope(metadata.get("x-request-id")) as identity:
                 await context.send_initial_metadata((("x-request-id", identity),))
                 try:
-                    return await inner(request, context)
+                    try:
+                        message = deserialize(request) if deserialize else request
+                    except DecodeError:
+                        raise InvalidRequest("request: not a message of this method") from None
+                    return await inner(message, context)
                 except DiffusionError as error:
                     if error.retry_after is not None:
                         context.set_trailing_metadata((("retry-after", str(error.retry_after)),))
                     code = getattr(grpc.StatusCode, error.grpc_code)
-                    text = str(error) if error.http_status < 500 else f"{error} (request {identity})"
+                    text = str(error) if error.http_status < 500 else with_request_id(str(error), identity)
                 except Exception as error:
                     code, text = grpc.StatusCode.INTERNAL, unexpected(error, identity)
                 await context.abort(code, text)
 
         return grpc.unary_unary_rpc_method_handler(
             guarded,
-            request_deserializer=handler.request_deserializer,
             # infer_response has serialized already
             response_serializer=lambda answer: answer if isinstance(answer, bytes) else answer.SerializeToString(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.errors import InvalidRequest, shown
+from runtime.families.base import normalise
 from runtime.protocol.wire import Base64
 from runtime.types import GeneratedMedia, GenerationResult
 
@@ -28,7 +29,8 @@ def decode(payload: Any, max_instances: int) -> list[dict[str, Any]]:
     for i, instance in enumerate(instances):
         if not isinstance(instance, dict):
             raise InvalidRequest(f'instances[{i}]: {shown(instance)} is not an object like {{"prompt": "a dog"}}')
-    return [{**(parameters or {}), **instance} for instance in instances]
+    shared = normalise(parameters or {})
+    return [{**shared, **normalise(instance)} for instance in instances]
 
 
 def encode(results: list[GenerationResult], model_name: str) -> dict[str, Any]:

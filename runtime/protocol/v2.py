@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import orjson
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
 from kserve.protocol.infer_type import RequestedOutput
 
+from runtime import __version__
 from runtime.errors import InvalidRequest, shown
 from runtime.families.base import ALIASES, Schema
 from runtime.protocol.v1 import describe
@@ -36,10 +38,12 @@ NUMPY_TYPES = {
     "FP32": "<f4",
     "FP64": "<f8",
 }
-DATATYPES = {"string": "BYTES", "image": "BYTES", "integer": "INT64", "number": "FP32", "boolean": "BOOL"}
+DATATYPES = {"string": "BYTES", "image": "BYTES", "integer": "INT64", "number": "FP64", "boolean": "BOOL"}
 # Parameters that speak to the protocol, not to the model.
 PROTOCOL_PARAMETERS = {"binary_data_output", "binary_data", "headers"}
 MAX_RANK = 8
+MAX_ELEMENTS = 4096  # of one tensor: more than any call takes
+SERVER = {"name": "diffusion-runtime", "version": __version__, "extensions": ["binary_tensor_data", "model_repository"]}
 
 
 # --- wire → fields
@@ -68,7 +72,9 @@ def decode(request: InferRequest, schema: Schema, max_prompts: int) -> list[dict
         if not values:
             continue  # an empty tensor counts as absent
         if ALIASES.get(name, name) == "image":
-            columns = _pictures_by_prompt(name, values, shapes[name], count)
+            # A tensor is rectangular: a prompt with fewer pictures than another has empty elements.
+            each = _pictures_by_prompt(name, values, shapes[name], count)
+            columns = [[value for value in own if value not in (None, "", b"")] for own in each]
         elif len(values) in (1, count):
             columns = values * count if len(values) == 1 else values
         else:
@@ -126,8 +132,12 @@ def tensor_values(tensor: InferInput) -> list[Any]:
         data = from_raw(tensor.name, tensor.datatype, tensor._raw_data)
     elif isinstance(data, np.ndarray):
         data = data.reshape(-1).tolist()
-    flat = list(_flatten(tensor.name, data if data is not None else []))
     expected = _elements(tensor.name, tensor.shape)
+    flat = list(islice(_flatten(tensor.name, data if data is not None else []), MAX_ELEMENTS + 1))
+    if len(flat) > MAX_ELEMENTS:
+        raise InvalidRequest(
+            f"{tensor.name}: shape {shown(tensor.shape)} means {expected} elements; at most {MAX_ELEMENTS} fit"
+        )
     if len(flat) != expected:
         raise InvalidRequest(f"{tensor.name}: shape {tensor.shape} means {expected} elements; {len(flat)} were sent")
     return flat
@@ -155,8 +165,9 @@ def _flatten(name: str, data: Any, depth: int = 0) -> Iterator[Any]:
 def from_raw(name: str, datatype: str, raw: bytes | memoryview) -> list[Any]:
     """The elements of a tensor in its binary form: little-endian numbers, or length-prefixed BYTES."""
     if datatype == "BYTES":
-        values, position, view = [], 0, memoryview(raw)
-        while position < len(view):
+        values: list[Any] = []
+        position, view = 0, memoryview(raw)
+        while position < len(view) and len(values) <= MAX_ELEMENTS:
             if position + 4 > len(view):
                 raise InvalidRequest(f"{name}: {len(view) - position} bytes too many after the last BYTES element")
             (length,) = struct.unpack_from("<I", view, position)
@@ -166,7 +177,7 @@ def from_raw(name: str, datatype: str, raw: bytes | memoryview) -> list[Any]:
             values.append(bytes(view[position - length : position]))
         return values
     try:
-        array: list[Any] = np.frombuffer(raw, dtype=np.dtype(NUMPY_TYPES[datatype])).tolist()
+        array: list[Any] = np.frombuffer(raw, dtype=np.dtype(NUMPY_TYPES[datatype]))[: MAX_ELEMENTS + 1].tolist()
     except KeyError:
         raise InvalidRequest(f"{name}: datatype {shown(datatype)} is none of BYTES, {', '.join(NUMPY_TYPES)}") from None
     except ValueError:
@@ -181,7 +192,8 @@ def rest_request(body: bytes, json_length: str | None, model_name: str) -> Infer
     """
     length = len(body)
     if json_length is not None:
-        if not (json_length.isascii() and json_length.isdigit()) or int(json_length) > len(body):
+        digits = json_length.isascii() and json_length.isdigit() and len(json_length) < 16
+        if not digits or int(json_length) > len(body):
             raise InvalidRequest(
                 f"Inference-Header-Content-Length: {shown(json_length)} is not a length within "
                 f"the {len(body)} bytes of the body"
@@ -191,7 +203,7 @@ def rest_request(body: bytes, json_length: str | None, model_name: str) -> Infer
     document = parse(view[:length])
     if not isinstance(document, dict):
         raise InvalidRequest('body: must be an object like {"inputs": [{"name": "prompt", …}]}')
-    unknown = set(document) - {"id", "parameters", "inputs", "outputs"}
+    unknown = set(document) - {"id", "parameters", "inputs", "outputs", "model_name"}  # the last: KServe's client
     if unknown:
         raise InvalidRequest(
             f"{shown(min(unknown))} is not a field of a v2 request; it has id, parameters, inputs, outputs"
@@ -223,10 +235,12 @@ def _rest_input(item: dict[str, Any], where: str, binary: memoryview) -> tuple[I
     """One input of a REST body, and the binary data that is left after it."""
     name = _name(item, where)
     datatype = item.get("datatype")
-    if datatype != "BYTES" and datatype not in NUMPY_TYPES:
+    if not isinstance(datatype, str) or (datatype != "BYTES" and datatype not in NUMPY_TYPES):
         raise InvalidRequest(f"{name}: datatype {shown(datatype)} is none of BYTES, {', '.join(NUMPY_TYPES)}")
     size = _parameters(item.get("parameters"), f"{where}.parameters").get("binary_data_size")
     if size is not None:
+        if item.get("data") is not None:
+            raise InvalidRequest(f"{name}: has data and binary_data_size; give one of them")
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
             raise InvalidRequest(
                 f"{name}: binary_data_size {shown(size)} is not within the {len(binary)} bytes that follow"
@@ -249,8 +263,13 @@ def _objects(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _name(item: dict[str, Any], where: str) -> str:
     name = item.get("name")
-    if not isinstance(name, str) or not name:
-        raise InvalidRequest(f"{where}.name: {shown(name)} is not a name")
+    return tensor_name(name, f"{where}.name")
+
+
+def tensor_name(name: Any, where: str) -> str:
+    """`name`, which messages may then quote as it is. Raises InvalidRequest."""
+    if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+        raise InvalidRequest(f"{where}: {shown(name)} is not a name")
     return name
 
 
@@ -337,8 +356,8 @@ def parameters(schema: Schema) -> Mapping[str, Any]:
     """Each field's type, default and bounds, as the model's metadata tells them."""
     told: dict[str, Any] = {}
     for p in schema.parameters.values():
-        entry: dict[str, Any] = {"type": p.kind, "description": p.description, "default": p.default, "fits": p.fits()}
-        for name in ("minimum", "maximum", "max_length", "choices"):
+        entry: dict[str, Any] = {"type": p.kind, "description": p.description, "fits": p.fits()}
+        for name in ("default", "minimum", "maximum", "max_length", "choices"):
             if (value := getattr(p, name)) is not None:
                 entry[name] = value
         if p.multiple_of > 1:

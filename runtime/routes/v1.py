@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from kserve.model_repository import ModelRepository
 
-from runtime.errors import NotReady
+from runtime.errors import NotImplementedHere, NotReady
 from runtime.model import find_model
 from runtime.protocol.wire import parse
 from runtime.routes.responses import json_response
@@ -32,5 +32,10 @@ def router(repository: ModelRepository) -> APIRouter:
         payload = parse(await request.body())  # whatever the content type: curl's default is a form's
         body, _ = await model(payload, headers=dict(request.headers))
         return json_response(body)
+
+    @routes.post("/v1/models/{model_name}:explain")
+    async def explain(model_name: str) -> Response:
+        find_model(repository, model_name)
+        raise NotImplementedHere("this model has no explainer")
 
     return routes

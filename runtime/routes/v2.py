@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from kserve import InferResponse
 from kserve.model_repository import ModelRepository
 
-from runtime import __version__
 from runtime.model import DiffusionModel, find_model
 from runtime.protocol import v2
 from runtime.protocol.wire import parse
@@ -26,14 +24,7 @@ def router(repository: ModelRepository) -> APIRouter:
 
     @routes.get("")
     async def server_metadata() -> Response:
-        return json_response(
-            {
-                "name": "diffusion-runtime",
-                "version": __version__,
-                "extensions": ["binary_tensor_data", "model_repository"],
-                "kserve": version("kserve"),
-            }
-        )
+        return json_response(v2.SERVER)
 
     @routes.get("/health/live")
     async def live() -> Response:

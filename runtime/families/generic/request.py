@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.families.base import COMMON, Limits, Parameter, Schema, cap, check_pixels, number, parameter, table
+from runtime.families.base import (
+    COMMON,
+    Limits,
+    Parameter,
+    Schema,
+    cap,
+    check_pixels,
+    fit_pixels,
+    number,
+    parameter,
+    table,
+)
 from runtime.types import GenerationRequest
 
 MAX_SIDE = 4096
 MIN_SIDE = 64
-OWN_LIMITS = {"max_pixels": 2048 * 2048, "max_frames": 257, "max_n": 10}
+MAX_PIXELS = 2048 * 2048
 
 
 def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
@@ -23,7 +34,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
     parameters = table(
         parameter("prompt", max_length=prompt_length),
         parameter("num_inference_steps", default=takes["num_inference_steps"], maximum=cap(limits.max_steps, 200)),
-        parameter("n", maximum=cap(limits.max_n, OWN_LIMITS["max_n"])),
+        parameter("n", maximum=cap(limits.max_n, 10)),
     )
     if "width" in takes and "height" in takes:
         parameters |= table(parameter("width", **side), parameter("height", **side))
@@ -47,7 +58,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
             extra["kind"],
             "An argument of the pipeline's own.",
             default=extra["default"],
-            max_length=prompt_length,
+            max_length=prompt_length if extra["kind"] == "string" else None,
         )
     refused = {name: reason for name, reason in facts["refused"].items() if name not in parameters} | {
         name: facts["refused"].get(name, f"{facts['pipeline']} takes no such argument")
@@ -58,6 +69,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
 
 
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:
+    asked = values.pop("given")
     extra = {name: values.pop(name) for name in facts["extra"]}
     extra = {name: value for name, value in extra.items() if value != facts["extra"][name]["default"]}
     gate = facts[
@@ -67,8 +79,16 @@ def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -
     if given and gate is not None:
         value = extra.get(gate, facts["extra"].get(gate, {}).get("default")) if gate in facts["extra"] else values[gate]
         if value is None or value <= 1:
-            raise InvalidRequest(f"{given[0]}: it has no effect while {gate} is {number(value or 0)}; use one above 1")
-    width = values.pop("width", None) or facts["default_width"]
-    height = values.pop("height", None) or facts["default_height"]
-    check_pixels(width, height, cap(limits.max_pixels, OWN_LIMITS["max_pixels"]))
+            if given[0] not in asked:  # a default of the model folder's
+                values["negative_prompt"] = None
+                extra = {name: value for name, value in extra.items() if name not in given}
+            else:
+                raise InvalidRequest(
+                    f"{given[0]}: it has no effect while {gate} is {number(value or 0)}; use one above 1"
+                )
+    limit, multiple = cap(limits.max_pixels, MAX_PIXELS), facts["multiple"]
+    size = (facts["default_width"], facts["default_height"])
+    default_width, default_height = fit_pixels(*size, limit, multiple, max(MIN_SIDE, multiple))
+    width, height = values.pop("width", None) or default_width, values.pop("height", None) or default_height
+    check_pixels(width, height, limit)
     return GenerationRequest(width=width, height=height, extra=extra, **values)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.families.base import Limits, Schema, cap, check_pixels, parameter, table
+from runtime.families.base import Limits, Schema, cap, check_pixels, fit_pixels, parameter, table
 from runtime.types import GenerationRequest, SourceImage
 
 MULTIPLE = 32  # one token of the autoregressive stage covers 32 x 32 pixels
 DEFAULT_SIDE = 1024
 MAX_SIDE = 4096
+MAX_PIXELS = 2048 * 2048
 MAX_ASPECT = 4  # the image processor refuses source pictures beyond it
 
 
@@ -41,7 +42,11 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
 
 
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:
+    for token in facts.get("special_tokens", ()):
+        if token in values["prompt"]:
+            raise InvalidRequest(f"prompt: {token} is one of the model's own tokens and can't be drawn")
     images: tuple[SourceImage, ...] = values["images"]
+    values.pop("given")
     for i, image in enumerate(images):
         aspect = max(image.width, image.height) / min(image.width, image.height)
         if aspect > MAX_ASPECT:
@@ -50,12 +55,11 @@ def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -
                 f"{field}: {image.width} x {image.height} has an aspect of {aspect:.2f}; at most {MAX_ASPECT} fits"
             )
     width, height = values.pop("width"), values.pop("height")
-    if images:
-        source_width, source_height = source_size(images[0].width, images[0].height, facts)
-    else:
-        source_width = source_height = DEFAULT_SIDE
-    width, height = width or source_width, height or source_height
-    check_pixels(width, height, cap(limits.max_pixels, 2048 * 2048))
+    limit = cap(limits.max_pixels, MAX_PIXELS)
+    size = source_size(images[0].width, images[0].height, facts) if images else (DEFAULT_SIDE, DEFAULT_SIDE)
+    default_width, default_height = fit_pixels(*size, limit, MULTIPLE, MULTIPLE)
+    width, height = width or default_width, height or default_height
+    check_pixels(width, height, limit)
     return GenerationRequest(width=width, height=height, **values)
 
 

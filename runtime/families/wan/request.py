@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.families.base import Limits, Schema, cap, check_pixels, number, parameter, table
+from runtime.families.base import Limits, Schema, cap, check_pixels, fit_pixels, number, parameter, table
 from runtime.types import GenerationRequest
 
 MIN_SIDE = 32
 MAX_SIDE = 4096
+MAX_PIXELS = 1920 * 1088
+FRAME_TOLERANCE = 0.01  # of a frame: 4.8 and 5.0667 seconds at 15 fps mean 72 and 76 frames
 
 
 def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
@@ -28,6 +30,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
         parameter("guidance_scale", default=own["guidance_scale"]),
         parameter(
             "num_frames",
+            default=own["num_frames"],
             minimum=1,
             maximum=cap(limits.max_frames, 257),
             multiple_of=facts["temporal"],
@@ -56,19 +59,20 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
 
 
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:
-    images = values.setdefault("images", ())
+    images, given = values.setdefault("images", ()), values.pop("given")
     own = facts["defaults"]
     guidance, guidance_2 = values["guidance_scale"], values.get("guidance_scale_2")
     if guidance <= 1:  # the pipeline then makes no unconditional forward
-        if guidance_2 is not None and guidance_2 > 1:
+        if guidance_2 is not None and guidance_2 > 1 and "guidance_scale_2" in given:
             raise InvalidRequest(
                 f"guidance_scale_2: {number(guidance_2)} has no effect while guidance_scale is {number(guidance)}; "
                 "guidance_scale above 1 turns guidance on"
             )
-        if values["negative_prompt"] is not None:
+        if "negative_prompt" in given:
             raise InvalidRequest(
                 f"negative_prompt: it has no effect while guidance_scale is {number(guidance)}; use one above 1"
             )
+        values["negative_prompt"] = None
     if facts["experts"] == 2 and guidance_2 is None:
         # The checkpoint's pair belongs together: with another guidance the pipeline's own rule, one value for both.
         same_guidance = guidance == own["guidance_scale"]
@@ -78,28 +82,28 @@ def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -
         raise InvalidRequest(f"seconds: {number(seconds)} and num_frames: {num_frames} both set the length; give one")
     if seconds is not None:
         values["num_frames"] = frames_of(seconds, values["fps"], facts["temporal"], cap(limits.max_frames, 257))
-    elif num_frames is None:
-        values["num_frames"] = min(own["num_frames"], cap(limits.max_frames, own["num_frames"]))
     width, height = values.pop("width"), values.pop("height")
-    default_width, default_height = default_size(own["width"], own["height"], images, facts["multiple"])
+    limit, multiple = cap(limits.max_pixels, MAX_PIXELS), facts["multiple"]
+    size = default_size(own["width"], own["height"], images, multiple)
+    default_width, default_height = fit_pixels(*size, limit, multiple, MIN_SIDE)
     width, height = width or default_width, height or default_height
-    check_pixels(width, height, cap(limits.max_pixels, 1920 * 1088))
+    check_pixels(width, height, limit)
     return GenerationRequest(width=width, height=height, **values)
 
 
 def frames_of(seconds: float, fps: int, temporal: int, most: int) -> int:
     """Frames of a video of `seconds`: fps x seconds plus the first frame, which must be 4k + 1."""
-    frames = seconds * fps + 1
-    if frames != int(frames) or (int(frames) - 1) % temporal or not 1 <= frames <= most:
-        step = temporal / fps
-        below = math.floor(seconds / step) * step
-        fit = [s for s in (below, below + step) if 1 <= s * fps + 1 <= most] or [(most - 1) // temporal * step]
+    exact = seconds * fps + 1
+    frames = round(exact)
+    if abs(exact - frames) > FRAME_TOLERANCE or (frames - 1) % temporal or not 1 <= frames <= most:
+        below = max(0, min(math.floor(exact - 1), most - 1) // temporal * temporal)
+        fit = [f / fps for f in (below, below + temporal) if f + 1 <= most]
         raise InvalidRequest(
-            f"seconds: {number(seconds)} at {fps} fps is {number(frames)} frames; frames must be a multiple of "
+            f"seconds: {number(seconds)} at {fps} fps is {number(exact)} frames; frames must be a multiple of "
             f"{temporal} plus 1 and at most {most}; the nearest that fit are "
-            f"{' and '.join(f'{s:.4g}' for s in fit)} seconds"
+            f"{' and '.join(f'{s:.6g}' for s in fit)} seconds"
         )
-    return int(frames)
+    return frames
 
 
 def default_size(width: int, height: int, images: tuple[Any, ...], multiple: int) -> tuple[int, int]:

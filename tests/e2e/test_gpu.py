@@ -1,0 +1,95 @@
+"""What only a CUDA device shows: the same pictures as the CPU's, offload, and the default data types."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import Serve, Server
+
+pytestmark = pytest.mark.gpu
+
+PICTURE = {"prompt": "a red fox", "size": "64x64", "num_inference_steps": 4, "seed": 11}
+VIDEO = {**PICTURE, "num_frames": 9}
+SOURCE = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8)).save(SOURCE, "PNG")
+IMAGE = base64.b64encode(SOURCE.getvalue()).decode()
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm-image": ("glm-image", PICTURE),
+    "glm-image edit": ("glm-image", {**PICTURE, "image": IMAGE}),
+    "glm-image two sources": ("glm-image", {**PICTURE, "images": [IMAGE, IMAGE]}),
+    "wan-t2v-a14b": ("wan-t2v-a14b", {**VIDEO, "num_inference_steps": 8}),
+    "wan-i2v-a14b": ("wan-i2v-a14b", {**VIDEO, "image": IMAGE}),
+    "wan-ti2v-5b": ("wan-ti2v-5b", VIDEO),
+    "wan-ti2v-5b from image": ("wan-ti2v-5b", {**VIDEO, "image": IMAGE}),
+    "sd15": ("sd15", PICTURE),
+    "sdxl": ("sdxl", PICTURE),
+    "sd3": ("sd3", PICTURE),
+    "flux": ("flux", PICTURE),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> None:
+    assert torch.cuda.is_available(), "these tests need a CUDA device; none is visible"
+
+
+def pixels(server: Server, fields: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The result as floats from 0 to 255, of shape (frames, height, width, 3)."""
+    prediction = server.predict(fields)[0]
+    content = base64.b64decode((prediction.get("video") or prediction["image"])["b64"])
+    if "video" not in prediction:
+        return np.asarray(Image.open(io.BytesIO(content)), dtype=np.float64)[None]
+    with av.open(io.BytesIO(content)) as video:
+        return np.stack([f.to_ndarray(format="rgb24") for f in video.decode(video=0)]).astype(np.float64)
+
+
+def difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(one - other).mean())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_seed_means_the_same_as_on_the_cpu(serve: Serve, case: str) -> None:
+    family, fields = CASES[case]
+    gpu = serve(family, "--device", "cuda", "--dtype", "float32")
+    cpu = serve(family, "--device", "cpu", "--dtype", "float32")
+    here, there = pixels(gpu, fields), pixels(cpu, fields)
+    other = pixels(gpu, {**fields, "seed": 12})
+    print(f"{case}: {difference(here, there):.4f} of 255 from the CPU's, another seed {difference(here, other):.1f}")
+    assert difference(here, there) < 1.0
+    assert difference(here, other) > 5.0
+    assert np.array_equal(here, pixels(gpu, fields))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("offload", ["ENABLE_CPU_OFFLOAD", "ENABLE_SEQUENTIAL_CPU_OFFLOAD"])
+def test_offload_changes_nothing_but_memory(serve: Serve, case: str, offload: str) -> None:
+    family, fields = CASES[case]
+    whole = serve(family, "--device", "cuda", "--dtype", "float32")
+    offloaded = serve(family, "--device", "cuda", "--dtype", "float32", **{offload: "true"})
+    name = offload.removeprefix("ENABLE_").lower()
+    told = offloaded.json("GET", f"/v2/models/{offloaded.name}")[1]["properties"]["optimizations"]
+    assert told[name].startswith("on"), told
+    first = pixels(offloaded, fields)
+    assert difference(first, pixels(whole, fields)) < 0.01
+    assert np.array_equal(first, pixels(offloaded, fields))
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in CASES.values()}))
+def test_the_default_is_bfloat16_and_repeats(serve: Serve, family: str) -> None:
+    server = serve(family, "--device", "cuda")
+    told = server.json("GET", f"/v2/models/{server.name}")[1]["properties"]
+    assert "bfloat16" in told["dtypes"].values()
+    if family.startswith("wan"):
+        assert told["dtypes"]["vae"] == "float32"
+    fields = next(fields for name, fields in CASES.values() if name == family)
+    one, two = pixels(server, fields), pixels(server, fields)
+    assert np.array_equal(one, two) and one.std() > 5

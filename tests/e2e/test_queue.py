@@ -1,0 +1,339 @@
+"""The queue, the engine process and the stop of a real server: who is answered, in which order, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import select
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Serve, Server
+
+Start = Callable[..., "Server"]
+
+QUICK: dict[str, Any] = {"prompt": "a dog", "num_inference_steps": 1}
+SLOW: dict[str, Any] = {"prompt": "a slow dog", "num_inference_steps": 200, "seed": 1}  # about a second
+ENDLESS: dict[str, Any] = {**SLOW, "n": 10}  # about ten
+BROKEN: dict[str, Any] = {**QUICK, "prompt": "~", "seed": 2}  # what `broken_model` cannot draw
+SECONDS = 60  # until something that must happen counts as missing
+SOON = 4  # far less than what is left of ENDLESS
+
+
+class Call:
+    """One v1 call, sent and not waited for."""
+
+    def __init__(self, server: Server, *instances: dict[str, Any]) -> None:
+        self._connection = http.client.HTTPConnection(server.http.removeprefix("http://"), timeout=SECONDS)
+        body = json.dumps({"instances": instances})
+        self._connection.request("POST", f"/v1/models/{server.name}:predict", body)
+        self.socket = self._connection.sock
+        CALLS.append(self)
+        for _ in range(5):  # round trips through the same event loop: by now this call is in the queue
+            server.request("GET", "/v2/health/live")
+
+    @property
+    def answered(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+    def answer(self) -> tuple[int, Any]:
+        with contextlib.closing(self._connection):
+            response = self._connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    def pictures(self) -> list[str]:
+        status, body = self.answer()
+        assert status == 200, body
+        return [prediction["image"]["b64"] for prediction in body["predictions"]]
+
+    def leave(self) -> None:
+        self._connection.close()
+
+
+CALLS: list[Call] = []
+
+
+@pytest.fixture(autouse=True)
+def no_call_stays_open() -> Iterator[None]:
+    yield
+    while CALLS:
+        CALLS.pop().leave()
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def engine_of(server: Server) -> psutil.Process:
+    """The engine process."""
+    (engine,) = psutil.Process(server.process.pid).children()
+    assert "runtime.engine.worker" in engine.cmdline()
+    return engine
+
+
+def log_lines(server: Server) -> list[dict[str, Any]]:
+    made = []
+    for line in server.log.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            made.append(json.loads(line))
+    return made
+
+
+def ready(server: Server) -> bool:
+    return server.request("GET", "/v2/health/ready")[0] == 200
+
+
+@pytest.fixture
+def watched(start: Start) -> Iterator[Callable[..., tuple[Server, psutil.Process]]]:
+    """A ready server of the test's own and its engine, of which nothing may be left afterwards."""
+    engines: list[psutil.Process] = []
+
+    def begin(*flags: str, model: str | Path = "sd15") -> tuple[Server, psutil.Process]:
+        server = start(model, *flags)
+        server.wait_ready()
+        engines.append(engine_of(server))
+        return server, engines[-1]
+
+    yield begin
+    _, alive = psutil.wait_procs(engines, SECONDS)
+    assert not alive
+
+
+@pytest.fixture
+def sd15(serve: Serve) -> Server:
+    return serve("sd15")
+
+
+def reference(server: Server, *instances: dict[str, Any]) -> list[str]:
+    """The pictures of each instance drawn alone."""
+    return [server.predict(instance)[0]["image"]["b64"] for instance in instances]
+
+
+# --- order
+
+
+def test_first_come_first_served(sd15: Server) -> None:
+    instances = [{**QUICK, "seed": seed} for seed in (5, 3, 9, 0, 7, 2)]
+    wanted = reference(sd15, *instances)
+    first = Call(sd15, SLOW)
+    calls = [Call(sd15, instance) for instance in instances]
+    assert not first.answered and not any(call.answered for call in calls)
+    assert [call.pictures() for call in calls] == [[picture] for picture in wanted]
+    assert first.answered and first.pictures()
+    finished = [line["seed"] for line in log_lines(sd15) if line["message"] == "request"]
+    assert finished[-7:] == [SLOW["seed"], *(instance["seed"] for instance in instances)]
+
+
+def test_one_calls_instances_come_back_in_order(sd15: Server) -> None:
+    instances = [
+        {**QUICK, "seed": seed, "prompt": prompt, "num_inference_steps": steps}
+        for seed, prompt, steps in ((1, "a", 30), (2, "b", 1), (3, "c", 10), (2, "b", 1))
+    ]
+    wanted = reference(sd15, *instances)
+    assert len(set(wanted)) == 3
+    first, second = Call(sd15, *instances), Call(sd15, *reversed(instances))
+    assert first.pictures() == wanted
+    assert second.pictures() == wanted[::-1]
+
+
+def test_waiting_is_told(sd15: Server) -> None:
+    first, second = Call(sd15, SLOW), Call(sd15, {**QUICK, "seed": 1})
+    (_, slow), (_, quick) = first.answer(), second.answer()
+    timings = quick["predictions"][0]["timings"]
+    assert slow["predictions"][0]["timings"]["wait"] < 0.1 < timings["wait"] < timings["total"]
+
+
+# --- leaving and failing
+
+
+def test_a_call_that_left_the_queue_never_runs(sd15: Server) -> None:
+    wanted = reference(sd15, {**QUICK, "seed": 4})
+    running, leaver, last = Call(sd15, SLOW), Call(sd15, {**ENDLESS, "seed": 77}), Call(sd15, {**QUICK, "seed": 4})
+    leaver.leave()
+    wait_for(lambda: any(line.get("seed") == 77 for line in log_lines(sd15)), "the log tells that it was cancelled")
+    assert not running.answered
+    began = time.monotonic()
+    assert last.pictures() == wanted
+    assert time.monotonic() - began < SOON
+    assert running.answered and running.pictures()
+    (line,) = [line for line in log_lines(sd15) if line.get("seed") == 77]
+    assert line["outcome"] == "CancelledError" and set(line["timings"]) == {"total"}
+
+
+def test_leaving_a_running_call_frees_the_engine(sd15: Server) -> None:
+    wanted = reference(sd15, {**QUICK, "seed": 4})
+    leaver, following = Call(sd15, ENDLESS), Call(sd15, {**QUICK, "seed": 4})
+    assert not following.answered
+    began = time.monotonic()
+    leaver.leave()
+    assert following.pictures() == wanted
+    assert time.monotonic() - began < SOON
+
+
+def test_leaving_a_call_of_several_instances_leaves_all(sd15: Server) -> None:
+    leaver, following = Call(sd15, *[ENDLESS] * 4), Call(sd15, {**QUICK, "seed": 4})
+    began = time.monotonic()
+    leaver.leave()
+    assert following.pictures()
+    assert time.monotonic() - began < SOON
+
+
+@pytest.fixture
+def broken_model(tiny_models: Path, tmp_path: Path) -> Path:
+    """A checkpoint with a defect that occurs: a word of its tokenizer is beyond the rows of its embedding."""
+    folder = Path(shutil.copytree(tiny_models / "sd15", tmp_path / "broken"))
+    file = folder / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["~</w>"] = 60_000
+    file.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_failure_is_its_own(watched: Callable[..., Any], broken_model: Path) -> None:
+    sd15, engine = watched(model=broken_model)
+    instances = [{**QUICK, "seed": seed} for seed in (1, 2, 3)]
+    wanted = reference(sd15, *instances)
+    calls = [Call(sd15, instance) for instance in (SLOW, instances[0], BROKEN, instances[1])]
+    mixed, last = Call(sd15, {**QUICK, "seed": 9}, BROKEN, ENDLESS), Call(sd15, instances[2])
+    status, body = calls[2].answer()
+    assert status == 500
+    assert list(body) == ["error"] and "internal error" in body["error"]
+    began = time.monotonic()
+    assert mixed.answer()[0] == 500
+    assert [call.pictures() for call in (calls[1], calls[3], last)] == [[picture] for picture in wanted]
+    assert time.monotonic() - began < SOON  # the failed call's third instance is not drawn
+    assert calls[0].pictures()
+    assert engine.is_running() and ready(sd15)
+    assert sd15.stop() == 0
+
+
+# --- limits
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(watched: Callable[..., Any]) -> None:
+    server, _ = watched("--max_queue_size", "3")
+    wanted = reference(server, {**QUICK, "seed": 1})
+    running = Call(server, ENDLESS)
+    waiting = [Call(server, {**QUICK, "seed": 1}) for _ in range(2)]
+    body = {"instances": [QUICK, QUICK]}  # one fits, two do not: none is admitted
+    status, headers, answer = server.request("POST", f"/v1/models/{server.name}:predict", body)
+    assert (status, headers["retry-after"]) == (429, "5")
+    assert "2 prompts wait and at most 3 may" in json.loads(answer)["error"]
+    waiting.append(Call(server, {**QUICK, "seed": 1}))
+    assert Call(server, QUICK).answer()[0] == 429
+    assert ready(server)
+    running.leave()
+    assert [call.pictures() for call in waiting] == [wanted] * 3
+    assert server.stop() == 0
+
+
+# --- ends
+
+
+def test_a_killed_engine_is_replaced_and_nobody_notices(watched: Callable[..., Any]) -> None:
+    server, engine = watched()
+    instances = [{**QUICK, "seed": seed} for seed in (1, 2, 3, 4)]
+    slow, *wanted = reference(server, SLOW, *instances)
+    running = Call(server, SLOW)
+    calls = [Call(server, instance) for instance in instances[:2]]
+    several = Call(server, *instances[2:])
+    assert not running.answered
+    engine.kill()
+    wait_for(lambda: not ready(server), "not ready after the engine's death")
+    status, answer = server.json("GET", f"/v2/models/{server.name}/ready")
+    assert (status, answer["ready"]) == (503, False)
+    assert server.json("GET", "/v2/health/live")[0] == 200
+    assert server.json("POST", f"/v1/models/{server.name}:predict", {"instances": [QUICK]})[0] == 503
+    wait_for(lambda: ready(server), "ready again")
+    assert running.pictures() == [slow]
+    assert [call.pictures() for call in calls] == [[picture] for picture in wanted[:2]]
+    assert several.pictures() == wanted[2:]
+    assert engine_of(server).pid != engine.pid
+    assert server.stop() == 0
+
+
+def test_a_killed_server_leaves_no_engine(watched: Callable[..., Any]) -> None:
+    server, engine = watched()
+    Call(server, ENDLESS)
+    family = [engine, *engine.children(recursive=True)]
+    server.process.kill()
+    _, alive = psutil.wait_procs(family, SOON)
+    assert not alive
+
+
+def test_sigterm_finishes_what_was_accepted(watched: Callable[..., Any]) -> None:
+    server, engine = watched()
+    instances = [{**QUICK, "seed": seed} for seed in (1, 2, 3)]
+    slow, *wanted = reference(server, {**SLOW, "n": 1}, *instances)
+    running, first, several = Call(server, SLOW), Call(server, instances[0]), Call(server, *instances[1:])
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not ready(server), "draining")
+    status, headers, body = server.request("POST", f"/v1/models/{server.name}:predict", {"instances": [QUICK]})
+    assert (status, headers["retry-after"]) == (503, "5")
+    assert "shutting down" in json.loads(body)["error"]
+    assert server.json("GET", "/v2/health/live")[0] == 200
+    assert running.pictures() == [slow]
+    assert first.pictures() == wanted[:1]
+    assert several.pictures() == wanted[1:]
+    assert server.process.wait(SECONDS) == 0
+    _, alive = psutil.wait_procs([engine], SOON)
+    assert not alive
+
+
+def test_sigterm_answers_everybody_before_the_grace_period_ends(watched: Callable[..., Any]) -> None:
+    server, _ = watched("--grace_period", "4")
+    running, waiting = Call(server, ENDLESS), Call(server, QUICK)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    for call in (running, waiting):
+        status, body = call.answer()
+        assert status == 503
+        assert "send the request again" in body["error"]
+    assert server.process.wait(SECONDS) == 0
+    assert time.monotonic() - began < 4
+
+
+def test_a_second_sigterm_ends_at_once(watched: Callable[..., Any]) -> None:
+    server, engine = watched()
+    Call(server, ENDLESS)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not ready(server), "draining")
+    server.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert server.process.wait(SECONDS) == 1
+    assert time.monotonic() - began < SOON
+    _, alive = psutil.wait_procs([engine], SOON)
+    assert not alive
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_loading_is_quick_and_clean(start: Start, number: signal.Signals) -> None:
+    server = start("sd15")
+
+    def live() -> bool:
+        with contextlib.suppress(OSError):
+            return server.request("GET", "/v2/health/live")[0] == 200
+        return False
+
+    wait_for(live, "live")
+    wait_for(lambda: psutil.Process(server.process.pid).children(), "an engine")
+    engine = engine_of(server)
+    assert not ready(server)
+    began = time.monotonic()
+    server.process.send_signal(number)
+    assert server.process.wait(SECONDS) == 0, server.log.read_text()
+    assert time.monotonic() - began < SOON
+    _, alive = psutil.wait_procs([engine], SOON)
+    assert not alive

@@ -1,0 +1,347 @@
+"""Settings: each by its variable and by its flag, and one line for each that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from runtime.errors import StartupError
+from runtime.families.base import Limits
+from runtime.settings import Settings, child_environment, default_text, load
+
+# field -> (how a person writes it, what it becomes); never the default
+GOOD: dict[str, tuple[str, Any]] = {
+    "model_id": ("file:///models/x", "file:///models/x"),
+    "model_path": ("/models/y", "/models/y"),
+    "model_name": ("glm-image", "glm-image"),
+    "model_aliases": (" a, b,,c ", ("a", "b", "c")),
+    "device": ("CPU", "cpu"),
+    "dtype": ("BFloat16", "bfloat16"),
+    "enable_low_cpu_mem": ("false", "false"),
+    "enable_attention_slicing": ("true", "true"),
+    "enable_vae_slicing": ("1", "true"),
+    "enable_vae_tiling": ("No", "false"),
+    "enable_cpu_offload": ("on", "true"),
+    "enable_sequential_cpu_offload": ("OFF", "false"),
+    "cpu_threads": ("3", 3),
+    "warmup": ("false", False),
+    "max_pixels": ("1048576", 1048576),
+    "max_frames": ("81", 81),
+    "max_steps": ("60", 60),
+    "max_n": ("2", 2),
+    "max_prompt_length": ("500", 500),
+    "max_instances": ("4", 4),
+    "max_source_images": ("2", 2),
+    "max_source_image_bytes": ("1000", 1000),
+    "max_source_image_pixels": ("2000", 2000),
+    "max_body_bytes": ("3000", 3000),
+    "max_queue_size": ("7", 7),
+    "http_port": ("9000", 9000),
+    "grpc_port": ("9001", 9001),
+    "enable_grpc": ("False", False),
+    "grpc_max_send_message_length": ("4000", 4000),
+    "grpc_max_receive_message_length": ("5000", 5000),
+    "timeout_keep_alive": ("5", 5),
+    "ssl_certfile": ("/tls/tls.crt", "/tls/tls.crt"),
+    "ssl_keyfile": ("/tls/tls.key", "/tls/tls.key"),
+    "enable_docs_url": ("true", True),
+    "enable_repository_api": ("1", True),
+    "workers": ("1", 1),
+    "grace_period": ("60", 60),
+    "log_level": ("DEBUG", "debug"),
+    "log_format": ("Text", "text"),
+    "log_prompts": ("yes", True),
+}
+ONLY_VALUE = {"workers"}  # whose one legal value is the default
+
+# field -> values that end the start
+BAD: dict[str, tuple[str, ...]] = {
+    "model_name": ("a/b", "a b", "a:b", "a?b", "a#b"),
+    "device": ("tpu", "cuda:0"),
+    "dtype": ("fp8", "torch.bfloat16"),
+    "enable_low_cpu_mem": ("maybe",),
+    "enable_attention_slicing": ("2",),
+    "enable_vae_slicing": ("tru",),
+    "enable_vae_tiling": ("none",),
+    "enable_cpu_offload": ("yes please",),
+    "enable_sequential_cpu_offload": ("-1",),
+    "cpu_threads": ("-1", "two", "1.5"),
+    "warmup": ("maybe", "2"),
+    "max_pixels": ("0", "-1", "1e6", "1024x1024"),
+    "max_frames": ("0",),
+    "max_steps": ("many",),
+    "max_n": ("0.5",),
+    "max_prompt_length": ("0",),
+    "max_instances": ("0",),
+    "max_source_images": ("0",),
+    "max_source_image_bytes": ("32MB",),
+    "max_source_image_pixels": ("0",),
+    "max_body_bytes": ("0",),
+    "max_queue_size": ("0",),
+    "http_port": ("0", "65536", "http", "80.5"),
+    "grpc_port": ("-1",),
+    "enable_grpc": ("auto",),
+    "grpc_max_send_message_length": ("-1",),
+    "grpc_max_receive_message_length": ("x",),
+    "timeout_keep_alive": ("0",),
+    "enable_docs_url": ("/docs",),
+    "enable_repository_api": ("x",),
+    "workers": ("0", "2", "auto"),
+    "grace_period": ("30s",),
+    "log_level": ("loud",),
+    "log_format": ("xml",),
+    "log_prompts": ("x",),
+}
+FREE_TEXT = {"model_id", "model_path", "model_aliases", "ssl_certfile", "ssl_keyfile"}
+ALL_BAD = [(name, value) for name, values in BAD.items() for value in values]
+
+
+def wrong(argv: list[str] | None = None, **environ: str) -> list[str]:
+    with pytest.raises(StartupError) as caught:
+        load(argv or [], environ)
+    return str(caught.value).split("\n")
+
+
+def test_the_tables_are_complete() -> None:
+    assert set(GOOD) == set(Settings.model_fields)
+    assert set(BAD) | FREE_TEXT == set(Settings.model_fields)
+    same = {name for name, (_, value) in GOOD.items() if Settings.model_fields[name].default == value}
+    assert same == ONLY_VALUE
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("way", ["variable", "flag", "flag=value", "dashed flag", "dashed flag=value"])
+def test_each_setting(name: str, way: str) -> None:
+    text, value = GOOD[name]
+    dashed = name.replace("_", "-")
+    argv = {
+        "variable": [],
+        "flag": [f"--{name}", text],
+        "flag=value": [f"--{name}={text}"],
+        "dashed flag": [f"--{dashed}", text],
+        "dashed flag=value": [f"--{dashed}={text}"],
+    }[way]
+    settings = load(argv, {name.upper(): text} if way == "variable" else {})
+    assert getattr(settings, name) == value
+    assert settings == Settings().model_copy(update={name: value})
+
+
+def test_nothing_given_means_the_defaults() -> None:
+    assert load([], {}) == Settings()
+    assert Settings().source == "/mnt/models"
+    others = {"PATH": "/bin", "model_id": "/lower/case", "HTTP_PORT_": "1"}
+    assert load([], others) == Settings()
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_a_blank_variable_counts_as_absent(blank: str) -> None:
+    assert load([], {name.upper(): blank for name in Settings.model_fields}) == Settings()
+
+
+def test_a_flag_wins_over_a_variable() -> None:
+    names = [name for name in GOOD if name not in BAD and name not in ("model_id", "model_path")]
+    names += [name for name in BAD if name not in ONLY_VALUE]
+    for name in names:
+        text, value = GOOD[name]
+        other = BAD.get(name, ("other",))[0]  # even a malformed variable does no harm then
+        assert getattr(load([f"--{name}", text], {name.upper(): other}), name) == value
+    assert load(["--model_id", "/a"], {"MODEL_ID": "/b"}).source == "/a"
+    assert load(["--http_port", "1", "--http-port", "2"], {}).http_port == 2  # the last of two flags
+
+
+@pytest.mark.parametrize(("name", "value"), ALL_BAD, ids=lambda x: str(x))
+def test_a_malformed_value_ends_the_start_with_one_line(name: str, value: str) -> None:
+    by_variable, by_flag = wrong(**{name.upper(): value}), wrong([f"--{name}={value}"])
+    assert len(by_variable) == len(by_flag) == 1
+    assert by_variable[0].startswith(f"{name.upper()}={value}: ")
+    assert by_flag[0].startswith(f"--{name}={value}: ")
+    assert len(by_variable[0]) > len(f"{name.upper()}={value}: ")
+
+
+def test_every_malformed_value_is_told_at_once() -> None:
+    environ = {name.upper(): values[0] for name, values in BAD.items()}
+    lines = wrong(**environ, MODEL_ID="/a", MODEL_PATH="/b")
+    told = sorted(line.partition("=")[0] for line in lines)
+    assert told == sorted([*environ, "MODEL_ID"])
+
+
+@pytest.mark.parametrize("name", ["model_name", "http_port", "dtype", "enable_vae_tiling", "log_prompts"])
+def test_a_value_of_several_lines_is_told_in_one(name: str) -> None:
+    (line,) = wrong(**{name.upper(): "first\nsecond\r\nthird"})
+    assert line.startswith(f"{name.upper()}=")
+    assert "\r" not in line
+
+
+def test_a_very_long_value_is_cut() -> None:
+    (line,) = wrong(MAX_N="9" * 100_000)
+    assert line.startswith("MAX_N=")
+    assert len(line) < 500
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--no_such"], "--no_such"),
+        (["--no_such", "x"], "--no_such"),
+        (["--model_i", "x"], "--model_i"),
+        (["--http=80"], "--http"),
+        (["--enable-vae-t", "true"], "--enable-vae-t"),
+        (["--MODEL_ID", "x"], "--MODEL_ID"),
+        (["-m", "x"], "-m"),
+        (["x"], "x"),
+        (["--http_port"], "--http_port"),
+        (["--no-warmup"], "--no-warmup"),
+    ],
+)
+def test_unknown_and_abbreviated_flags_are_refused(argv: list[str], named: str) -> None:
+    (line,) = wrong(argv)
+    assert named in line
+    assert "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "source"),
+    [
+        ([], {"MODEL_PATH": "/b"}, "/b"),
+        (["--model_path", "/b"], {}, "/b"),
+        ([], {"MODEL_ID": "/a"}, "/a"),
+        ([], {"MODEL_ID": "/a", "MODEL_PATH": "/a"}, "/a"),
+        (["--model_id", "/a"], {"MODEL_PATH": "/a"}, "/a"),
+        ([], {"MODEL_ID": "/a", "MODEL_PATH": ""}, "/a"),
+        ([], {"MODEL_ID": "", "MODEL_PATH": "/b"}, "/b"),
+        (["--model_path", "/b"], {"MODEL_PATH": "/c"}, "/b"),
+    ],
+)
+def test_model_path_is_another_name_of_model_id(argv: list[str], environ: dict[str, str], source: str) -> None:
+    assert load(argv, environ).source == source
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "named"),
+    [
+        ([], {"MODEL_ID": "/a", "MODEL_PATH": "/b"}, ("MODEL_ID=/a", "MODEL_PATH=/b")),
+        (["--model_id", "/a"], {"MODEL_PATH": "/b"}, ("--model_id=/a", "MODEL_PATH=/b")),
+        (["--model-path=/b"], {"MODEL_ID": "/a"}, ("MODEL_ID=/a", "--model_path=/b")),
+        # The default's own spelling is a choice as well.
+        ([], {"MODEL_ID": "/mnt/models", "MODEL_PATH": "/b"}, ("MODEL_ID=/mnt/models", "MODEL_PATH=/b")),
+    ],
+)
+def test_model_id_and_model_path_may_not_differ(argv: list[str], environ: dict[str, str], named: tuple[str]) -> None:
+    (line,) = wrong(argv, **environ)
+    assert all(name in line for name in named)
+
+
+@pytest.mark.parametrize("name", Settings().optimizations)
+def test_tristates_read_the_prior_arts_spellings(name: str) -> None:
+    spellings = {
+        "true": ("true", "True", "TRUE", " true ", "1", "yes", "YES", "on", "On"),
+        "false": ("false", "False", "0", "no", "No", "off", "OFF"),
+        "auto": ("auto", "AUTO", "Auto "),
+    }
+    for value, texts in spellings.items():
+        for text in texts:
+            assert load([], {f"ENABLE_{name.upper()}": text}).optimizations[name] == value
+            assert load([f"--enable_{name}", text], {}).optimizations[name] == value
+
+
+def test_optimizations_are_the_tristates() -> None:
+    settings = load([], {"ENABLE_CPU_OFFLOAD": "1"})
+    assert settings.optimizations == {
+        "low_cpu_mem": "auto",
+        "attention_slicing": "auto",
+        "vae_slicing": "auto",
+        "vae_tiling": "auto",
+        "cpu_offload": "true",
+        "sequential_cpu_offload": "auto",
+    }
+
+
+def test_kubernetes_own_variables_are_not_ours() -> None:
+    injected = {"HTTP_PORT": "tcp://10.0.0.1:80", "GRPC_PORT": "tcp://10.0.0.2:8081"}
+    settings = load([], injected)
+    assert (settings.http_port, settings.grpc_port) == (8080, 8081)
+    assert load(["--http_port", "9"], injected).http_port == 9
+    assert wrong(["--http_port", "tcp://10.0.0.1:80"])  # a flag is always meant
+    assert wrong(HTTP_PORT="udp://10.0.0.1:80")
+    assert load([], {"MODEL_ID": "tcp://x"}).model_id == "tcp://x"  # ports alone
+
+
+BOOLEANS = [name for name, info in Settings.model_fields.items() if info.annotation is bool]
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_a_bare_boolean_flag_means_true(name: str) -> None:
+    for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
+        assert getattr(load([spelling], {name.upper(): "false"}), name) is True
+        settings = load([spelling, "--max_n", "3"], {})
+        assert (getattr(settings, name), settings.max_n) == (True, 3)
+        assert getattr(load([spelling, "false"], {}), name) is False
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "false", "FALSE", "0", "no", "off"])
+def test_spellings_of_booleans(text: str) -> None:
+    assert load([], {"WARMUP": text}).warmup is (text.lower() in ("true", "1", "yes", "on"))
+
+
+@pytest.mark.parametrize("name", ["http_port", "warmup", "enable_cpu_offload", "dtype", "log_level", "workers"])
+def test_blanks_around_a_value_do_no_harm(name: str) -> None:
+    """A value from a mounted Secret ends in a line feed."""
+    text, value = GOOD[name]
+    assert getattr(load([], {name.upper(): f" {text}\n"}), name) == value
+
+
+def test_settings_are_frozen_and_closed() -> None:
+    settings = load([], {})
+    with pytest.raises(ValidationError):
+        settings.http_port = 1
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"no_such": 1})
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    assert load([], {}).limits == Limits()
+    names = Limits.__dataclass_fields__
+    limits = load([], {name.upper(): GOOD[name][0] for name in names}).limits
+    assert limits == Limits(**{name: GOOD[name][1] for name in names})
+
+
+def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"], {})
+    assert caught.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for name, info in Settings.model_fields.items():
+        assert f"{info.description} Default: {default_text(name)}. Variable: {name.upper()}." in told
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model_id", "/mnt/models"),
+        ("model_path", "not set"),
+        ("model_aliases", "model"),
+        ("warmup", "true"),
+        ("enable_docs_url", "false"),
+        ("enable_cpu_offload", "auto"),
+        ("http_port", "8080"),
+        ("max_pixels", "not set"),
+    ],
+)
+def test_defaults_as_a_person_types_them(name: str, text: str) -> None:
+    assert default_text(name) == text
+    if text != "not set":
+        assert load([f"--{name}", text], {}) == Settings()
+
+
+def test_every_setting_has_one_line_of_documentation() -> None:
+    for name, info in Settings.model_fields.items():
+        assert info.description and "\n" not in info.description, name
+        assert info.description.endswith("."), name
+
+
+def test_the_engine_gets_this_environment_and_the_changes() -> None:
+    import os
+
+    assert child_environment(OMP_NUM_THREADS="2") == {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -73,7 +73,8 @@ def infer_request(message: pb.ModelInferRequest) -> InferRequest:
                 raise InvalidRequest(f"{tensor.name}: has contents and raw_input_contents; give one of them")
             data = v2.from_raw(tensor.name, datatype, raw[i])
         elif datatype in CONTENTS:
-            data = list(getattr(tensor.contents, CONTENTS[datatype]))
+            data = list(getattr(tensor.contents, CONTENTS[datatype])[: v2.MAX_ELEMENTS + 1])
+            data = v2.decimals(data) if datatype == "FP32" else data
         else:
             raise InvalidRequest(f"{tensor.name}: {datatype} data must be sent in raw_input_contents")
         inputs.append(InferInput(tensor.name, list(tensor.shape), datatype, data))

@@ -116,7 +116,7 @@ def _typed(name: str, value: Any, schema: Schema) -> Any:
     text = value.strip()
     if known.kind == "boolean" and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if known.kind in ("integer", "number") and len(text) < 40:
+    if known.kind in ("integer", "number") and len(text) < 40 and text.isascii() and "_" not in text:
         for read in (int, float):
             try:
                 return read(text)
@@ -177,12 +177,17 @@ def from_raw(name: str, datatype: str, raw: bytes | memoryview) -> list[Any]:
             values.append(bytes(view[position - length : position]))
         return values
     try:
-        array: list[Any] = np.frombuffer(raw, dtype=np.dtype(NUMPY_TYPES[datatype]))[: MAX_ELEMENTS + 1].tolist()
+        array = np.frombuffer(raw, dtype=np.dtype(NUMPY_TYPES[datatype]))[: MAX_ELEMENTS + 1]
     except KeyError:
         raise InvalidRequest(f"{name}: datatype {shown(datatype)} is none of BYTES, {', '.join(NUMPY_TYPES)}") from None
     except ValueError:
         raise InvalidRequest(f"{name}: {len(raw)} bytes are no whole number of {datatype} elements") from None
-    return array
+    return decimals(array) if datatype == "FP32" else array.tolist()
+
+
+def decimals(values: Any) -> list[float]:
+    """Single-precision numbers as their shortest decimals: 7.3 must not draw another picture than v1's 7.3."""
+    return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
 
 
 def rest_request(body: bytes, json_length: str | None, model_name: str) -> InferRequest:

@@ -24,6 +24,6 @@ def resolve(model_id: str) -> Path:
     scheme = scheme.lower() if separator else ""
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES if name)
-        raise StartupError(f"MODEL_ID {shown(model_id)}: this version loads from a local path and from {known}")
+        raise StartupError(f"MODEL_ID {shown(model_id, 400)}: this version loads from a local path and from {known}")
     module, function = SCHEMES[scheme].split(":")
     return cast(Path, getattr(import_module(module), function)(model_id))

@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "wan-ti2v-5b": {**SMALL, "num_frames": 5},
 }
 OUTPUT = {"sd15": "image", "glm-image": "image", "wan-ti2v-5b": "video"}
-KINDS = {"string": "BYTES", "image": "BYTES", "integer": "INT64", "number": "FP32", "boolean": "BOOL"}
+KINDS = {"string": "BYTES", "image": "BYTES", "integer": "INT64", "number": "FP64", "boolean": "BOOL"}
 
 
 def nulls(value: Any, where: str = "") -> list[str]:
@@ -384,3 +384,21 @@ def test_the_defaults_told_are_the_defaults_taken(family: str, serve: Serve) -> 
     }
     assert len(told) >= 2
     assert {name: taken[name] for name in told} == told
+
+
+def test_a_single_precision_number_draws_what_v1_draws(serve: Serve) -> None:
+    """7.3 is not a float32: its nearest one would be 7.300000190734863."""
+    server = serve("sd15")
+    fields = {"seed": 3, "num_inference_steps": 2}
+    tensors = [
+        {"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 9}},
+        {"name": "guidance_scale", "shape": [1], "datatype": "FP32", "parameters": {"binary_data_size": 4}},
+    ]
+    head = json.dumps({"inputs": tensors, "parameters": fields}).encode()
+    body = head + struct.pack("<I", 5) + b"a fox" + struct.pack("<f", 7.3)
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    status, _, content = server.request("POST", "/v2/models/tiny/infer", body, headers)
+    assert status == 200, content
+    image, metadata = (output["data"][0] for output in json.loads(content)["outputs"])
+    assert json.loads(metadata)["guidance_scale"] == 7.3
+    assert server.predict({"prompt": "a fox", "guidance_scale": 7.3, **fields})[0]["image"]["b64"] == image

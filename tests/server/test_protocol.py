@@ -29,7 +29,10 @@ def schema_of(family: str, facts: dict[str, Any]) -> Schema:
     return RequestChecker(told, Limits()).schema
 
 
-GLM = schema_of("glm_image", {"source_shortest_edge": 512, "source_longest_edge": 2048})
+GLM = schema_of(
+    "glm_image",
+    {"edits": True, "special_tokens": ["<|image|>"], "source_shortest_edge": 512, "source_longest_edge": 2048},
+)
 FLAGGED = schema_of(
     "generic",
     {
@@ -38,7 +41,7 @@ FLAGGED = schema_of(
         "video": False,
         "takes": {"num_inference_steps": 5, "guidance_scale": 5.0, "negative_prompt": None},
         "refused": {},
-        "extra": {"tidy": {"kind": "boolean", "default": False}},
+        "extra": {"tidy": {"kind": "boolean", "default": False, "bounds": (None, None)}},
         "image_required": False,
         "default_width": 64,
         "default_height": 64,

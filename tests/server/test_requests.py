@@ -30,7 +30,13 @@ from runtime.families.registry import FAMILIES, family_of, request_half
 from runtime.families.requests import MAX_DRAWN_SEED, RequestChecker
 from runtime.types import Capabilities, GenerationRequest
 
-GLM = {"video": False, "source_shortest_edge": 512, "source_longest_edge": 2048}
+GLM = {
+    "video": False,
+    "edits": True,
+    "special_tokens": ["<|image|>"],
+    "source_shortest_edge": 512,
+    "source_longest_edge": 2048,
+}
 WAN: dict[str, Any] = {
     "video": True,
     "multiple": 16,
@@ -87,9 +93,9 @@ SD15: dict[str, Any] = {
     },
     "refused": {"flow_shift": "this model's scheduler has no fixed shift"},
     "extra": {
-        "eta": {"kind": "number", "default": 0.0},
-        "guidance_rescale": {"kind": "number", "default": 0.0},
-        "clip_skip": {"kind": "integer", "default": None},
+        "eta": {"kind": "number", "default": 0.0, "bounds": (None, None)},
+        "guidance_rescale": {"kind": "number", "default": 0.0, "bounds": (None, None)},
+        "clip_skip": {"kind": "integer", "default": None, "bounds": (None, None)},
     },
     "image_required": False,
     "negative_prompt_gate": "guidance_scale",
@@ -110,9 +116,9 @@ FLUX: dict[str, Any] = {
         "negative_prompt": None,
     },
     "extra": {
-        "prompt_2": {"kind": "string", "default": None},
-        "negative_prompt_2": {"kind": "string", "default": None},
-        "true_cfg_scale": {"kind": "number", "default": 1.0},
+        "prompt_2": {"kind": "string", "default": None, "bounds": (None, None)},
+        "negative_prompt_2": {"kind": "string", "default": None, "bounds": (None, None)},
+        "true_cfg_scale": {"kind": "number", "default": 1.0, "bounds": (None, None)},
     },
     "negative_prompt_gate": "true_cfg_scale",
 }
@@ -806,7 +812,12 @@ def test_sources_of_extreme_aspect() -> None:
 @pytest.mark.parametrize(("shortest", "longest"), [(512, 2048), (64, 256), (256, 1024), (500, 2000)])
 def test_source_size(shortest: int, longest: int) -> None:
     rng = random.Random(shortest)
-    facts = {"source_shortest_edge": shortest, "source_longest_edge": longest}
+    facts = {
+        "edits": True,
+        "special_tokens": ["<|image|>"],
+        "source_shortest_edge": shortest,
+        "source_longest_edge": longest,
+    }
     for _ in range(3000):
         height = round(2 ** rng.uniform(2, 13))
         width = round(height * 2 ** rng.uniform(-2, 2))

@@ -23,6 +23,16 @@ OWN = {
     "output_type", "return_dict", "callback_steps", "frame_rate", "decode_chunk_size",
 }  # fmt: skip
 
+# What makes sense of arguments that pipelines take unchecked; beyond it they fail or draw black.
+BOUNDS = {
+    "denoising_end": (0, 1),
+    "denoising_start": (0, 1),
+    "eta": (0, 1),
+    "guidance_rescale": (0, 1),
+    "strength": (0, 1),
+    "true_cfg_scale": (0, 30),
+}
+
 
 def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
     signature = inspect.signature(type(pipeline).__call__).parameters
@@ -40,8 +50,9 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
         takes["flow_shift"] = pipeline.scheduler.config[key]
     else:
         refused["flow_shift"] = "this model's scheduler has no fixed shift"
+    bounds = {**BOUNDS, "clip_skip": (0, _hidden_layers(pipeline) - 1)}
     extra: dict[str, Any] = {
-        name: {"kind": kind, "default": parameter.default}
+        name: {"kind": kind, "default": parameter.default, "bounds": bounds.get(name, (None, None))}
         for name, parameter in signature.items()
         if name not in OWN and (kind := _scalar_kind(hints.get(name))) and _is_plain(parameter.default)
     }
@@ -128,6 +139,13 @@ class Runner:
             **arguments,
         )
         return output.frames[0] if hasattr(output, "frames") else output.images[0]
+
+
+def _hidden_layers(pipeline: Any) -> int:
+    """Layers of the smallest text encoder: as many as clip_skip may leave out, less one."""
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    layers = [getattr(encoder.config, "num_hidden_layers", 1) for encoder in encoders if encoder is not None]
+    return min(layers, default=1)
 
 
 def _without_effect(pipeline: Any) -> dict[str, str]:

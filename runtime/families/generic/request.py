@@ -27,7 +27,7 @@ MAX_PIXELS = 2048 * 2048
 
 def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
     """`facts`: multiple, default_width, default_height, video, takes (name -> default of the signature's known
-    arguments), refused (name -> reason) and extra (name -> {kind, default}: further scalar arguments)."""
+    arguments), refused (name -> reason) and extra (name -> {kind, default, bounds}: further scalar arguments)."""
     takes: Mapping[str, Any] = facts["takes"]
     prompt_length = cap(limits.max_prompt_length, 8000)
     side = {"multiple_of": facts["multiple"], "minimum": max(MIN_SIDE, facts["multiple"]), "maximum": MAX_SIDE}
@@ -59,6 +59,8 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
             "An argument of the pipeline's own.",
             default=extra["default"],
             max_length=prompt_length if extra["kind"] == "string" else None,
+            minimum=extra["bounds"][0],
+            maximum=extra["bounds"][1],
         )
     refused = {name: reason for name, reason in facts["refused"].items() if name not in parameters} | {
         name: facts["refused"].get(name, f"{facts['pipeline']} takes no such argument")

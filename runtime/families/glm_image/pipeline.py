@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import CpuOffload
-from accelerate.utils import align_module_device
 from PIL import Image
 
 from runtime.engine.context import Context
@@ -25,6 +22,8 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
     size = pipeline.processor.image_processor.size  # edges are written as areas: smart_resize takes their roots
     return {
         "video": False,
+        # Sequential offload brings layers to the device by `forward`; sources' tokens come from other methods.
+        "edits": not any(map(_hook, pipeline.vision_language_encoder.model.vqmodel.modules())),
         "special_tokens": [*pipeline.processor.tokenizer.all_special_tokens, pipeline.processor.image_token],
         "source_shortest_edge": round(math.sqrt(size["shortest_edge"])),
         "source_longest_edge": round(math.sqrt(size["longest_edge"])),
@@ -114,9 +113,10 @@ class Runner:
         arguments: dict[str, Any] = {}
         if images is not None:
             sources = grids[: len(images)]
-            with _on_device(encoder, device):
-                features = encoder.get_image_features(inputs["pixel_values"], sources).pooler_output
-                ids = encoder.get_image_tokens(torch.cat(features, dim=0), sources)
+            if isinstance(_hook(encoder), CpuOffload):  # it moves weights before `forward`, and these are other methods
+                _hook(encoder).pre_forward(encoder)
+            features = encoder.get_image_features(inputs["pixel_values"], sources).pooler_output
+            ids = encoder.get_image_tokens(torch.cat(features, dim=0), sources)
             upsampled = [
                 pipeline._upsample_token_ids(part, int(h), int(w)).squeeze(0)
                 for part, (_, h, w) in zip(
@@ -145,18 +145,8 @@ class Runner:
         model.rope_deltas = model._cached_decode_position_ids = model._prefill_len = None
 
 
-@contextmanager
-def _on_device(encoder: Any, device: torch.device) -> Iterator[None]:
-    """Offload brings weights to the device before `forward`; the source pictures' tokens come from other methods."""
-    hook = getattr(encoder, "_hf_hook", None)
-    if isinstance(hook, CpuOffload):  # model offload: the whole encoder, which `generate` needs next anyway
-        hook.pre_forward(encoder)
-    with ExitStack() as stack:
-        for module in (encoder.model.visual, encoder.model.vqmodel):
-            for part in module.modules():
-                if hasattr(part, "_hf_hook"):  # sequential offload: each layer by itself
-                    stack.enter_context(align_module_device(part, device))
-        yield
+def _hook(module: Any) -> Any:
+    return getattr(module, "_hf_hook", None)
 
 
 def _sampler(count: int, generator: torch.Generator, context: Context) -> Any:

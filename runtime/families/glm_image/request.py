@@ -18,11 +18,11 @@ MAX_ASPECT = 4  # the image processor refuses source pictures beyond it
 
 def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
     side = {"multiple_of": MULTIPLE, "minimum": MULTIPLE, "maximum": MAX_SIDE}
-    prompt_length = cap(limits.max_prompt_length, 8000)
+    image = parameter("image", max_items=cap(limits.max_source_images, 4), description="Source pictures to edit.")
     return Schema(
         table(
-            parameter("prompt", max_length=prompt_length),
-            parameter("image", max_items=cap(limits.max_source_images, 4), description="Source pictures to edit."),
+            parameter("prompt", max_length=cap(limits.max_prompt_length, 8000)),
+            *([image] if facts["edits"] else []),
             parameter("width", **side),
             parameter("height", **side),
             parameter("num_inference_steps", default=50, maximum=cap(limits.max_steps, 200)),
@@ -31,6 +31,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
             parameter("max_sequence_length", default=2048, maximum=2048),
         ),
         {
+            **({} if facts["edits"] else {"image": "editing does not work with ENABLE_SEQUENTIAL_CPU_OFFLOAD"}),
             "negative_prompt": "GLM-Image has none; its unconditional branch is an empty prompt",
             "guidance_scale_2": "GLM-Image has one denoiser",
             "flow_shift": "GLM-Image's scheduler shifts by the picture's size",
@@ -42,10 +43,10 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
 
 
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:
-    for token in facts.get("special_tokens", ()):
+    for token in facts["special_tokens"]:
         if token in values["prompt"]:
             raise InvalidRequest(f"prompt: {token} is one of the model's own tokens and can't be drawn")
-    images: tuple[SourceImage, ...] = values["images"]
+    images: tuple[SourceImage, ...] = values.setdefault("images", ())
     values.pop("given")
     for i, image in enumerate(images):
         aspect = max(image.width, image.height) / min(image.width, image.height)

@@ -83,7 +83,27 @@ def fields() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (settings, routes, errors, families, fields)}
+def metrics() -> str:
+    from prometheus_client.metrics import MetricWrapperBase
+
+    from runtime import metrics as module
+
+    found = [value for value in vars(module).values() if isinstance(value, MetricWrapperBase)]
+    return rows(
+        ("metric", "type", "labels", "what it is"),
+        (
+            (
+                f"`{metric._name}{'_total' if metric._type == 'counter' else ''}`",
+                metric._type,
+                ", ".join(metric._labelnames),
+                metric._documentation,
+            )
+            for metric in found
+        ),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (settings, routes, errors, families, fields, metrics)}
 
 
 def rewritten(text: str) -> str:

@@ -59,12 +59,15 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
+    from runtime.access import Keys
     from runtime.engine.client import EngineClient
     from runtime.middleware import Guard
     from runtime.model import DiffusionModel, Repository
     from runtime.protocol import grpc
     from runtime.routes import ROUTERS
     from runtime.scheduler import Scheduler
+
+    keys = Keys.from_settings(settings.api_key.get_secret_value() if settings.api_key else "", settings.api_key_file)
 
     class Runner(kserve_server.ModelServer):  # type: ignore[misc]
         """KServe's ModelServer with our routes, our gRPC server, and a stop that drains."""
@@ -81,7 +84,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             loop = asyncio.get_running_loop()
             threads = settings.cpu_threads or max(1, cpu_count() - 1)
             engine = EngineClient(settings, threads)
-            scheduler = Scheduler(engine, settings.max_queue_size)
+            scheduler = Scheduler(engine, settings.max_queue_size, settings.max_queue_seconds)
             model = DiffusionModel(settings, engine, scheduler)
             repository = Repository(model, settings.model_aliases)
             self.dataplane._model_registry = repository
@@ -95,7 +98,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
                 loop.add_signal_handler(signal.SIGCHLD, _reap_orphans, engine)
             sizes = (settings.grpc_max_send_message_length, settings.grpc_max_receive_message_length)
             grpc_server = grpc.Server(
-                settings.grpc_port, self.dataplane, self.model_repository_extension, repository, sizes, 1
+                settings.grpc_port, self.dataplane, self.model_repository_extension, repository, sizes, 1, keys
             )
             tasks = [asyncio.ensure_future(server) for server in self.servers]
             while not uvicorn.started and not tasks[0].done():  # noqa: ASYNC110 (uvicorn has no event for it)
@@ -103,7 +106,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             if settings.enable_grpc:
                 tasks.append(asyncio.create_task(grpc_server.start()))
             log(logging.INFO, "listening", http=settings.http_port, grpc=settings.grpc_port)
-            tasks += [asyncio.create_task(scheduler.run()), asyncio.create_task(model.supervise())]
+            tasks += [asyncio.create_task(work) for work in (scheduler.run(), engine.watch(), model.supervise())]
             stopping = asyncio.create_task(stop.wait())
             try:
                 done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -112,7 +115,9 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
                 self.failure = next((_failure(task) for task in done if task is not stopping), None)
             finally:
                 uvicorn.should_exit = True
-                for task in tasks[-2:]:  # the dispatcher and the supervisor, which would start the engine again
+                for task in tasks[
+                    -3:
+                ]:  # the dispatcher, the watch and the supervisor, which would start the engine again
                     task.cancel()
                 await grpc_server.stop()
                 await engine.stop()
@@ -126,7 +131,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             app = kserve_server.app
             for router in ROUTERS:
                 app.include_router(router(repository))
-            app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes)
+            app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, keys=keys)
 
             async def http_error(_: Request, error: Exception) -> JSONResponse:
                 assert isinstance(error, HTTPException)

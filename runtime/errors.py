@@ -2,7 +2,10 @@
 
     DiffusionError
     ├── InvalidRequest      400  INVALID_ARGUMENT     the request is wrong; the message names the field
+    ├── Unauthorized        401  UNAUTHENTICATED      a key is needed, and none or a wrong one came
     ├── ModelNotFound       404  NOT_FOUND            no model, or no version, of that name is served here
+    ├── NotFound            404  NOT_FOUND            no request of that id is known
+    ├── Conflict            409  ABORTED              the idempotency key came with another body
     ├── PayloadTooLarge     413  RESOURCE_EXHAUSTED   the body is larger than MAX_BODY_BYTES
     ├── QueueFull           429  RESOURCE_EXHAUSTED   more is waiting than is allowed; try later
     ├── Cancelled           499  CANCELLED            the client went away or asked to stop
@@ -40,9 +43,24 @@ class InvalidRequest(DiffusionError):
     grpc_code = "INVALID_ARGUMENT"
 
 
+class Unauthorized(DiffusionError):
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
+
+
 class ModelNotFound(DiffusionError):
     http_status = 404
     grpc_code = "NOT_FOUND"
+
+
+class NotFound(DiffusionError):
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+
+
+class Conflict(DiffusionError):
+    http_status = 409
+    grpc_code = "ABORTED"
 
 
 class PayloadTooLarge(DiffusionError):

@@ -1,4 +1,4 @@
-"""One pure-ASGI layer around every route: request ids, body limits, disconnects, errors in one shape."""
+"""One pure-ASGI layer around every route: ids, keys, body limits, disconnects, errors in one shape."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
 
-from runtime.errors import DiffusionError, PayloadTooLarge
-from runtime.logs import log, request_scope, unexpected, with_request_id
+from runtime.access import Keys, is_open
+from runtime.errors import DiffusionError, PayloadTooLarge, Unauthorized
+from runtime.logs import credential, log, request_scope, trace_context, unexpected, with_request_id
 
 PROBES = ("/v2/health/", "/metrics")
 
@@ -22,33 +24,45 @@ class Guard:
     (Starlette's BaseHTTPMiddleware hides disconnects from the routes below it.)
     """
 
-    def __init__(self, app: Any, max_body_bytes: int) -> None:
+    def __init__(self, app: Any, max_body_bytes: int, keys: Keys | None = None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._keys = keys or Keys()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":  # nothing here speaks it
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        with request_scope(headers.get("x-request-id")) as identity:
-            await _Exchange(scope, receive, send, identity, self._max_body_bytes).run(self._app, headers)
+        pairs = [(key.decode("latin-1").lower(), value.decode("latin-1")) for key, value in scope["headers"]]
+        headers = dict(pairs)
+        trace, echoed = trace_context(pairs)
+        with request_scope(headers.get("x-request-id"), trace) as identity:
+            exchange = _Exchange(scope, receive, send, identity, echoed, self._max_body_bytes)
+            await exchange.run(self._app, headers, self._keys)
 
 
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, scope: Any, receive: Any, send: Any, identity: str, max_body_bytes: int) -> None:
+    def __init__(
+        self, scope: Any, receive: Any, send: Any, identity: str, echoed: Iterable[tuple[str, str]], max_body_bytes: int
+    ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._identity = identity
+        self._told = [(name.encode(), value.encode()) for name, value in (("x-request-id", identity), *echoed)]
         self._max_body_bytes = max_body_bytes
         self._received = 0
         self._body_read = asyncio.Event()
         self._status = 0
         self._begun = time.monotonic()
 
-    async def run(self, app: Any, headers: dict[str, str]) -> None:
+    async def run(self, app: Any, headers: dict[str, str], keys: Keys) -> None:
         try:
+            if not is_open(self._scope["method"], self._scope["path"]):
+                credential.set(keys.require(headers))
             self._limit(int(headers["content-length"]) if headers.get("content-length", "").isdigit() else 0)
             work = asyncio.create_task(app(self._scope, self.receive, self.send))
             watch = asyncio.create_task(self._watch(work))
@@ -99,15 +113,14 @@ class _Exchange:
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            message = {
-                **message,
-                "headers": [*message.get("headers", []), (b"x-request-id", self._identity.encode("ascii"))],
-            }
+            message = {**message, "headers": [*message.get("headers", []), *self._told]}
         await self._send(message)
 
     async def _refuse(self, error: DiffusionError, text: str) -> None:
         self._log(error.http_status, text)
         headers = [] if error.retry_after is None else [(b"retry-after", str(error.retry_after).encode())]
+        if isinstance(error, Unauthorized):
+            headers.append((b"www-authenticate", b"Bearer"))
         await self._answer(error.http_status, text, headers)
 
     async def _answer(self, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
@@ -121,7 +134,7 @@ class _Exchange:
 
     def _log(self, status: int, text: str) -> None:
         path = self._scope["path"]
-        if not path.startswith(PROBES) and not path.endswith("/ready"):
+        if status == 401 or not (path.startswith(PROBES) or path.endswith("/ready")):
             log(
                 logging.INFO,
                 "refused" if status != 499 else "cancelled",

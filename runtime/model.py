@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
+import itertools
 import logging
+import math
+import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import psutil
 from kserve import InferRequest, InferResponse, Model
 from kserve.model_repository import ModelRepository
 
+from runtime import metrics
 from runtime.engine.client import READY, UNLOADED, EngineClient, fatal
-from runtime.errors import InvalidRequest, ModelNotFound, NotImplementedHere, NotReady, StartupError
+from runtime.errors import InvalidRequest, ModelNotFound, NotImplementedHere, NotReady, StartupError, shown
 from runtime.families.requests import RequestChecker
-from runtime.logs import log, request_id
+from runtime.idempotency import MAX_KEY_LENGTH, Idempotency
+from runtime.logs import credential, log, request_id
 from runtime.protocol import v1, v2
 from runtime.scheduler import Scheduler
 from runtime.settings import Settings
-from runtime.types import GenerationRequest, GenerationResult
+from runtime.types import Estimate, GenerationRequest, GenerationResult
 
 MAX_ENGINE_FAILURES = 3  # in a row; then the process ends and Kubernetes takes over
 BACKOFF_SECONDS = 1.0  # before the first restart of a dead engine; doubles with each
@@ -34,6 +43,8 @@ class DiffusionModel(Model):  # type: ignore[misc]
         self._checker: RequestChecker | None = None
         self._wanted = asyncio.Event()
         self._wanted.set()
+        self._idempotency = Idempotency(settings.idempotency_hold_s)
+        self._watch_metrics()
 
     # --- KServe's lifecycle: loading is the supervisor's; these must neither load nor claim readiness
 
@@ -59,7 +70,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
         while True:
             await self._wanted.wait()
             begun = time.monotonic()
-            self.engine.start()
+            self.engine.start(restarted=failures > 0)
             if not await self._loaded():
                 if self.engine.state == UNLOADED:
                     continue
@@ -68,6 +79,10 @@ class DiffusionModel(Model):  # type: ignore[misc]
             capabilities = self.engine.capabilities
             assert capabilities is not None
             self._checker = RequestChecker(capabilities, self._settings.limits)
+            if self.engine.warmup is not None:
+                self.scheduler.costs.learn(*self.engine.warmup)
+            for stage, seconds in self.engine.load_seconds.items():
+                metrics.LOAD_SECONDS.labels(self.name, stage).set(seconds)
             log(
                 logging.INFO,
                 f"ready: {capabilities.pipeline_class} as {self.name}",
@@ -81,6 +96,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             if self.engine.state == UNLOADED:
                 continue
             failures += 1
+            metrics.RESTARTS.labels(self.name).inc()
             if failures > MAX_ENGINE_FAILURES:
                 raise StartupError(f"the engine died {failures} times in a row: {self.engine.reason}")
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (failures - 1))
@@ -119,45 +135,98 @@ class DiffusionModel(Model):  # type: ignore[misc]
     def validate(self, payload: Any) -> Any:
         return payload  # KServe's own check knows less than the protocols' decoders
 
+    async def answer(self, payload: Any, headers: Mapping[str, str], body: bytes) -> dict[str, Any] | InferResponse:
+        """What `predict` gives, once for all callers with the same Idempotency-Key and the same `body`."""
+        key = headers.get("idempotency-key")
+        if key is None and self._settings.join_by_request_id:
+            key = headers.get("x-request-id") or (payload.id if isinstance(payload, InferRequest) else None)
+
+        async def work() -> Any:
+            return (await self(payload, headers=dict(headers)))[0]
+
+        if not key:
+            return await work()
+        if len(key) > MAX_KEY_LENGTH:
+            raise InvalidRequest(f"Idempotency-Key: {shown(key)} is longer than {MAX_KEY_LENGTH} characters")
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(body).hexdigest())
+        return await self._idempotency.run((credential.get(), key), digest, work)
+
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
     ) -> dict[str, Any] | InferResponse:
         """v1: a decoded JSON body to a body whose media are `Base64`. v2: InferRequest to InferResponse."""
-        checker = self.checker
-        most = self._settings.max_instances
-        if not isinstance(payload, InferRequest):
-            rows = v1.decode(payload, most)
-            return v1.encode(await self._generate(rows, "instances"), self.name)
-        v2.requested(payload, checker.media)
-        rows = v2.decode(payload, checker.schema, most)
-        results = await self._generate(rows, "prompt" if len(rows) > 1 else "")
+        checker, most, headers = self.checker, self._settings.max_instances, headers or {}
+        v1_request = not isinstance(payload, InferRequest)
+        protocol = "v1" if v1_request else "grpc" if payload.from_grpc else "v2"
+        prompts = 1
+        try:
+            if v1_request:
+                rows = v1.decode(payload, most)
+            else:
+                v2.requested(payload, checker.media)
+                rows = v2.decode(payload, checker.schema, most)
+            prompts = len(rows)
+            label = "instances" if v1_request else "prompt" if prompts > 1 else ""
+            results = await self._generate(rows, label, headers)
+        except BaseException as error:
+            metrics.REQUESTS.labels(self.name, protocol, metrics.outcome(error)).inc(prompts)
+            raise
+        outcome = "dry_run" if isinstance(results[0], Estimate) else "ok"
+        metrics.REQUESTS.labels(self.name, protocol, outcome).inc(prompts)
+        if v1_request:
+            return v1.encode(results, self.name)
         return v2.encode(results, payload, self.name, payload.id or request_id.get())
 
     @property
     def checker(self) -> RequestChecker:
-        """What a request may say to the loaded model. Raises NotReady while there is none."""
-        if self._checker is None or self.engine.state != READY:
+        """What a request may say to the loaded model. Raises NotReady while there is none, and while draining."""
+        if self._checker is None or self.engine.state != READY or self.scheduler.draining:
             raise NotReady(f"the model is not ready ({self.describe()})", retry_after=5)
         return self._checker
 
-    async def _generate(self, rows: list[dict[str, Any]], label: str) -> list[GenerationResult]:
+    async def _generate(
+        self, rows: list[dict[str, Any]], label: str, headers: Mapping[str, str]
+    ) -> list[GenerationResult] | list[Estimate]:
         """Check every row before any of them costs anything, then run them. `label` names a row in messages."""
-        begun = time.monotonic()
-        checker, checked = self.checker, []
-        for i, row in enumerate(rows):
-            checked.append(_named(label, i, checker.check, row))
-        requests = await asyncio.to_thread(
-            lambda: [_named(label, i, checker.complete, values) for i, values in enumerate(checked)]
-        )
+        checker, scheduler = self.checker, self.scheduler
+        checked = [_named(label, i, checker.check, row) for i, row in enumerate(rows)]
+        drafts = [_named(label, i, checker.draft, values) for i, values in enumerate(checked)]
+        costs = [scheduler.costs.predict(draft) for draft in drafts]
+        timeout = min(self._timeout(headers), *(values["timeout"] or math.inf for values in checked))
+        if headers.get("x-dry-run", "").lower() in ("1", "true", "yes") or any(v["dry_run"] for v in checked):
+            waits = itertools.accumulate([scheduler.wait_seconds(), *costs[:-1]])
+            return [Estimate(*estimate) for estimate in zip(drafts, costs, waits, strict=True)]
+        with scheduler.admit(costs):
+            requests = drafts
+            if any(values.get("images") for values in checked):
+                requests = await asyncio.to_thread(
+                    lambda: [_named(label, i, checker.complete, values) for i, values in enumerate(checked)]
+                )
+            jobs = scheduler.enqueue(requests, request_id.get())
         try:
-            results = await self.scheduler.generate(requests, request_id.get())
+            results = await scheduler.results(jobs, timeout)
         except BaseException as error:
-            for request in requests:
-                self._log_request(request, type(error).__name__, {"total": round(time.monotonic() - begun, 4)})
+            for job in jobs:
+                self._log_request(job.request, metrics.outcome(error), {"total": time.monotonic() - job.admitted})
             raise
         for result in results:
             self._log_request(result.request, "ok", result.timings)
+            metrics.finished(self.name, result)
         return results
+
+    def _timeout(self, headers: Mapping[str, str]) -> float:
+        """Seconds of the header X-Request-Timeout, or the longest that is allowed. Raises InvalidRequest."""
+        most = float(self._settings.max_timeout)
+        text = headers.get("x-request-timeout")
+        if text is None:
+            return most
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds <= most:
+            raise InvalidRequest(f"X-Request-Timeout: {shown(text)} is not a number of seconds up to {most:g}")
+        return seconds
 
     def _log_request(self, request: GenerationRequest, outcome: str, timings: Any) -> None:
         log(
@@ -171,8 +240,36 @@ class DiffusionModel(Model):  # type: ignore[misc]
             seed=request.seed,
             sources=len(request.images) or None,
             prompt=request.prompt if self._settings.log_prompts else None,
-            timings=dict(timings),
+            timings={stage: round(seconds, 4) for stage, seconds in timings.items()},
         )
+
+    def _watch_metrics(self) -> None:
+        """Gauges that are read when Prometheus asks."""
+        engine, scheduler = self.engine, self.scheduler
+
+        def host_memory() -> float:
+            total = 0
+            for pid in filter(None, (os.getpid(), engine.pid)):
+                with contextlib.suppress(psutil.Error):
+                    total += psutil.Process(pid).memory_info().rss
+            return float(total)
+
+        for gauge, read in (
+            (metrics.QUEUE_DEPTH, lambda: scheduler.depth),
+            (metrics.QUEUE_SECONDS, scheduler.wait_seconds),
+            (metrics.PROGRESS, scheduler.progress),
+            (metrics.READY, lambda: engine.state == READY and self._checker is not None and not scheduler.draining),
+            (metrics.DEVICE_MEMORY, lambda: engine.memory.device),
+            (metrics.DEVICE_MEMORY_PEAK, lambda: engine.memory.device_peak),
+            (metrics.HOST_MEMORY, host_memory),
+        ):
+            gauge.labels(self.name).set_function(read)
+
+        def advanced(stage: str, steps: int) -> None:
+            if counter := {"denoise": metrics.STEPS, "tokens": metrics.TOKENS}.get(stage):
+                counter.labels(self.name).inc(steps)
+
+        scheduler.on_advance = advanced
 
     # --- metadata
 

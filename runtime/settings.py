@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from runtime.errors import StartupError, shown
 from runtime.families.base import Limits
@@ -86,7 +86,20 @@ class Settings(BaseModel):
     max_source_image_bytes: Positive = Field(32 * 2**20, description="Largest source picture, in bytes of its file.")
     max_source_image_pixels: Positive = Field(40_000_000, description="Largest source picture, in pixels.")
     max_body_bytes: Positive = Field(256 * 2**20, description="Largest request body, in bytes.")
-    max_queue_size: Positive = Field(64, description="Most prompts that may wait; one more is refused with 429.")
+    max_queue_size: Positive = Field(256, description="Most prompts that may wait; one more is refused with 429.")
+    max_queue_seconds: Positive = Field(
+        600, description="Most predicted device seconds that may wait; more is refused with 429."
+    )
+    max_timeout: Positive = Field(3600, description="Longest and default timeout of a request, in seconds.")
+    engine_timeout: Positive = Field(
+        60, description="Seconds without a sign of life from the engine, or ten predicted steps, before it is killed."
+    )
+    idempotency_hold_s: Positive = Field(
+        120, description="Seconds that a request with an Idempotency-Key outlives its connection, and its result stays."
+    )
+    join_by_request_id: bool = Field(
+        False, description="Take the id of a request for its idempotency key where it has none."
+    )
 
     # The server
     http_port: Port = Field(8080, description="Port of v1, v2 REST, health and metrics.")
@@ -103,6 +116,12 @@ class Settings(BaseModel):
         1, description="Server processes; always 1: one engine holds the GPU."
     )
     grace_period: Positive = Field(30, description="Seconds that accepted work may take to finish after SIGTERM.")
+
+    # Access
+    api_key: SecretStr | None = Field(
+        None, description="Key that a request must carry; several are separated by commas. Unset, none is needed."
+    )
+    api_key_file: str | None = Field(None, description="File with one such key a line; read again when it changes.")
 
     # Logs
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
@@ -164,8 +183,8 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment with `changes`, for the engine process."""
-    return {**os.environ, **changes}
+    """This process's environment with `changes` and without the keys, for the engine process."""
+    return {**{name: value for name, value in os.environ.items() if name != "API_KEY"}, **changes}
 
 
 def _one_line(value: str) -> str:

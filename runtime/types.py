@@ -84,6 +84,15 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a dry run gives: predicted seconds on the device, and until the device would be free for it."""
+
+    request: GenerationRequest
+    seconds: float
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a request is: `step` of `total` in `stage` (tokens, denoise, decode, encode)."""
 

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,6 +31,8 @@ from runtime.engine.messages import (
     Fatal,
     FromEngine,
     Generate,
+    Heartbeat,
+    Memory,
     Ready,
     Stage,
     ToEngine,
@@ -40,6 +43,8 @@ from runtime.settings import Settings, child_environment
 from runtime.types import Capabilities, GenerationRequest, GenerationResult, Progress
 
 LOADING, WARMING, READY, FAILED, UNLOADED = "loading", "warming", "ready", "failed", "unloaded"
+WATCH_SECONDS = 1.0
+LOAD_PATIENCE = 600.0  # loading and compiling hold the interpreter lock, heartbeats with it, for a while
 STOP_SECONDS = 5.0  # an engine whose channel closed ends by itself; after this it is killed
 
 
@@ -54,6 +59,7 @@ class Ticket:
     device_free: asyncio.Event = field(default_factory=asyncio.Event)
     done: Done | None = None
     parts: dict[int, bytes] = field(default_factory=dict)
+    patience: float = 60.0  # seconds without a sign of life that are taken for a hang
 
 
 class EngineClient:
@@ -71,7 +77,13 @@ class EngineClient:
         self.stage = Stage(LOADING, 0.0)
         self.reason = ""
         self.capabilities: Capabilities | None = None
+        self.load_seconds: dict[str, float] = {}  # by stage of the last start
+        self._stage_begun = time.monotonic()
+        self.warmup: tuple[GenerationRequest, Mapping[str, float]] | None = None
+        self.memory = Memory()
         self.ready = asyncio.Event()
+        self._activity = 0
+        self._heard = self._alive = time.monotonic()
 
     @property
     def pid(self) -> int | None:
@@ -85,7 +97,7 @@ class EngineClient:
 
     # --- life
 
-    def start(self) -> None:
+    def start(self, restarted: bool = False) -> None:
         """Spawn the engine; `ready` is set once its model is loaded. Called on the main thread, whose
         death ends the engine too (PR_SET_PDEATHSIG follows the spawning thread)."""
         loop = asyncio.get_running_loop()
@@ -94,6 +106,8 @@ class EngineClient:
         threads = str(self._cpu_threads)
         self.state, self.stage, self.reason, self.capabilities = LOADING, Stage(LOADING, 0.0), "", None
         self._exited = asyncio.Event()
+        self._heard = self._stage_begun = time.monotonic()
+        self.load_seconds = {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runtime.engine.worker", str(their_control.fileno()), str(their_media.fileno())],
             pass_fds=(their_control.fileno(), their_media.fileno()),
@@ -110,7 +124,8 @@ class EngineClient:
         s = self._settings
         self._outbox.put(
             Configure(
-                s.source, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup, s.log_level, s.log_format
+                *(s.source, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup),
+                *(s.log_level, s.log_format, restarted),
             )
         )
         process = self._process
@@ -147,13 +162,19 @@ class EngineClient:
     # --- requests
 
     def submit(
-        self, request: GenerationRequest, on_progress: Callable[[Progress], None], request_id: str = ""
+        self,
+        request: GenerationRequest,
+        on_progress: Callable[[Progress], None],
+        request_id: str,
+        step_seconds: float,
     ) -> Ticket:
-        """Send one request. Raises NotReady."""
+        """Send one request, whose steps should take `step_seconds`. Raises NotReady."""
         if self.state != READY:
             raise NotReady(f"the model is not ready ({self.describe()})", retry_after=5)
         ticket = Ticket(next(self._jobs), request, on_progress, asyncio.get_running_loop().create_future())
+        ticket.patience = max(float(self._settings.engine_timeout), 10 * step_seconds)
         self._tickets[ticket.job] = ticket
+        self._alive = time.monotonic()
         self._outbox.put(Generate(ticket.job, request, request_id))
         return ticket
 
@@ -162,15 +183,44 @@ class EngineClient:
         if ticket.job in self._tickets:
             self._outbox.put(Cancel(ticket.job))
 
+    # --- a watch over it
+
+    async def watch(self) -> None:
+        """Kill an engine that hangs: silent altogether, or without a sign of life under a request. Runs for ever."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            at_work = [ticket for ticket in self._tickets.values() if not ticket.device_free.is_set()]
+            silence = LOAD_PATIENCE if self.state in (LOADING, WARMING) else float(self._settings.engine_timeout)
+            if self._process is None or self.state in (FAILED, UNLOADED):
+                continue
+            if now - self._heard > silence:
+                self._hung(f"no heartbeat for {now - self._heard:.0f} s")
+            elif at_work and now - self._alive > at_work[0].patience:
+                self._hung(f"no sign of life under a request for {now - self._alive:.0f} s")
+
+    def _hung(self, why: str) -> None:
+        self.state, self.reason = FAILED, f"the engine hung: {why}"
+        self.ready.clear()
+        log(logging.ERROR, self.reason)
+        self.kill()
+
     # --- what the engine says; on the event loop
 
     def _on_message(self, message: FromEngine) -> None:
         match message:
-            case Stage():
+            case Stage(name):
+                if name != self.stage.name:
+                    self._stage_ended()
                 self.stage = message
                 self.state = message.name if message.name == WARMING else self.state
-            case Ready(capabilities):
-                self.capabilities, self.state = capabilities, READY
+            case Heartbeat(activity):
+                self._heard = time.monotonic()
+                if activity != self._activity:
+                    self._activity, self._alive = activity, self._heard
+            case Ready(capabilities, warmup, memory):
+                self.capabilities, self.warmup, self.memory, self.state = capabilities, warmup, memory, READY
+                self._stage_ended()
                 self.ready.set()
             case Fatal(reason):
                 self.state, self.reason = FAILED, reason
@@ -182,11 +232,16 @@ class EngineClient:
                     ticket.device_free.set()
             case Done(job):
                 if ticket := self._tickets.get(job):
-                    ticket.done = message
+                    ticket.done, self.memory = message, message.memory
                     self._finish(ticket)
             case Failed(job, error, text):
                 kind = getattr(errors, error, GenerationFailed)
                 self._fail(job, kind(text))
+
+    def _stage_ended(self) -> None:
+        now = time.monotonic()
+        self.load_seconds[self.stage.name] = now - self._stage_begun
+        self._stage_begun = now
 
     def _on_media(self, job: int, index: int, data: bytes) -> None:
         if ticket := self._tickets.get(job):

@@ -29,6 +29,7 @@ class Configure:
     warmup: bool
     log_level: str
     log_format: str
+    restarted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,14 @@ class Cancel:
 
 # engine → server
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of device memory in use, and the most that were; 0 on the CPU."""
+
+    device: int = 0
+    device_peak: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
     """How far the start is: loading or warming, and a fraction from 0 to 1."""
 
@@ -54,7 +63,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
+    """`warmup` is the request that was drawn first and its seconds by stage: what the cost model starts from."""
+
     capabilities: Capabilities
+    warmup: tuple[GenerationRequest, Mapping[str, float]] | None
+    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,9 @@ class Fatal:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The engine's process lives, whatever its GPU thread does."""
+    """The engine's process lives. `activity` grows with each sign of life of the thread that draws."""
+
+    activity: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +104,7 @@ class Done:
     job: int
     media: tuple[GeneratedMedia, ...]
     timings: Mapping[str, float]
+    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)

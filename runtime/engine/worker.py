@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from runtime.engine.messages import (
     FromEngine,
     Generate,
     Heartbeat,
+    Memory,
     Ready,
     Stage,
 )
@@ -45,6 +47,7 @@ from runtime.types import DEFAULTS_FILE, Capabilities, GeneratedMedia, Generatio
 
 PR_SET_PDEATHSIG = 1
 HEARTBEAT_SECONDS = 1.0
+DEVICE_MEMORY_SECONDS = 30.0
 
 
 class Engine:
@@ -96,6 +99,8 @@ class Engine:
         from runtime.families import registry
         from runtime.pipeline_loader import load_pipeline
 
+        if configuration.restarted:
+            _await_device_memory()
         loaded = load_pipeline(
             folder,
             configuration.device,
@@ -108,10 +113,12 @@ class Engine:
         half = registry.pipeline_half(family)
         facts = half.facts(loaded.pipeline, folder)
         self._runner = half.Runner(loaded.pipeline)
+        warmup = None
         if configuration.warmup:
             self.send(Stage("warming", 0.0))
             begun = time.monotonic()
-            self._draw(half.warmup(facts), 0, lambda: False, lambda _: None)
+            first = half.warmup(facts)
+            warmup = (first, self._draw(first, 0, lambda: False, lambda _: None)[1])
             log(logging.INFO, "warmed up", seconds=round(time.monotonic() - begun, 2))
         self.send(
             Ready(
@@ -126,7 +133,9 @@ class Engine:
                     dtypes=loaded.dtypes,
                     optimizations=loaded.optimizations,
                     engine_variant=_variant(loaded, configuration.cpu_threads),
-                )
+                ),
+                warmup,
+                _memory(),
             )
         )
 
@@ -146,8 +155,13 @@ class Engine:
     def beat(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                self.send(Heartbeat())
+                self.send(Heartbeat(self._activity()))
                 time.sleep(HEARTBEAT_SECONDS)
+
+    @staticmethod
+    def _activity() -> int:
+        context = sys.modules.get("runtime.engine.context")  # not before torch is there
+        return context.Context.activity if context else 0
 
     def work(self) -> None:
         while True:
@@ -156,6 +170,9 @@ class Engine:
             try:
                 drawn, timings = self._generate(message)
             except Exception as error:
+                if _device_is_lost(error):  # nothing this process does on the device will work again
+                    log(logging.ERROR, "the device is lost; the engine ends", exc_info=error)
+                    end_process_group()
                 self.send(_failed(message, error))
             else:
                 self.send(DeviceFree(message.job))
@@ -204,7 +221,7 @@ class Engine:
             ]
             timings["encode"] = time.perf_counter() - begun
             told = tuple(replace(item, data=b"") for item in media)
-            self.send(Done(message.job, told, timings))
+            self.send(Done(message.job, told, timings, _memory()))
             for index, item in enumerate(media):
                 self._media.sendall(MEDIA_HEADER.pack(message.job, index, len(item.data)))
                 self._media.sendall(item.data)
@@ -232,14 +249,49 @@ def _failed(message: Generate, error: Exception) -> Failed:
 
     if isinstance(error, DiffusionError):
         return Failed(message.job, type(error).__name__, str(error))
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if _is_out_of_memory(error):
         log(logging.WARNING, "out of memory", error=str(error).splitlines()[0] if str(error) else None)
+        error.__traceback__ = None  # its frames hold the tensors
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         request = message.request
         size = f"{request.width} x {request.height}" + (f" x {request.num_frames} frames" if request.num_frames else "")
         return Failed(message.job, "OutOfMemory", f"{size} does not fit in the device's memory; ask for less")
     return Failed(message.job, "GenerationFailed", unexpected(error, message.request_id))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it, the CPU allocator has words."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _device_is_lost(error: Exception) -> bool:
+    """An illegal access or an assert on the device poisons the process's CUDA context for good."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not _is_out_of_memory(error)
+
+
+def _memory() -> Memory:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Memory()
+    return Memory(torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved())
+
+
+def _await_device_memory() -> None:
+    """The driver gives a dead engine's memory back by and by: wait until it stops growing."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, deadline = -1, time.monotonic() + DEVICE_MEMORY_SECONDS
+        while time.monotonic() < deadline and (now := torch.cuda.mem_get_info()[0]) > free:
+            free = now
+            time.sleep(0.5)
 
 
 def _defaults(folder: Path) -> dict[str, Any]:

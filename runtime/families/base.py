@@ -41,6 +41,7 @@ class Limits:
     max_source_images: int | None = None
     max_source_image_bytes: int = 32 * 2**20
     max_source_image_pixels: int = 40_000_000
+    max_timeout: int = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,16 @@ COMMON: dict[str, Parameter] = {
         Parameter("n", "integer", "How many; number i is drawn with seed + i.", default=1, minimum=1, maximum=10),
         Parameter("output_format", "string", "File format of the result."),
         Parameter("output_quality", "integer", "Quality of a lossy format.", minimum=1, maximum=100),
+        Parameter("timeout", "number", "Seconds after which the request is stopped and answered 504.", minimum=0.001),
+        Parameter("dry_run", "boolean", "Check the request and predict its seconds without running it.", default=False),
         Parameter("max_sequence_length", "integer", "Prompt tokens the text encoder sees.", minimum=1),
     )
 }
 
 # Names that mean another field: the pipelines' and the peers' own.
 ALIASES = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n", "images": "image"}
+# Fields that are the server's to keep: no family narrows or refuses them.
+OURS = ("seed", "output_format", "output_quality", "timeout", "dry_run")
 # Fields that `normalise` turns into others.
 SHORTHANDS = ("size",)
 

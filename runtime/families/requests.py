@@ -25,11 +25,11 @@ class RequestChecker:
         self._limits = limits
         self._rules = (capabilities.facts, limits)
         self.media = capabilities.media
-        self.schema = self._with_defaults(self._half.schema(*self._rules), capabilities)
+        self.schema = self._with_defaults(self._half.schema(*self._rules), capabilities, limits)
         self._probe(bool(capabilities.defaults))
 
     @staticmethod
-    def _with_defaults(schema: Schema, capabilities: Capabilities) -> Schema:
+    def _with_defaults(schema: Schema, capabilities: Capabilities, limits: Limits) -> Schema:
         """`schema` with the fields of every model, the model folder's own defaults, and defaults within the limits.
 
         Raises StartupError for a folder's default that does not fit.
@@ -39,6 +39,8 @@ class RequestChecker:
             **schema.parameters,
             "seed": parameter("seed"),
             "output_format": parameter("output_format", choices=formats, default=formats[0]),
+            "timeout": parameter("timeout", maximum=limits.max_timeout),
+            "dry_run": parameter("dry_run"),
             "output_quality": parameter("output_quality"),
         }
         try:
@@ -61,8 +63,7 @@ class RequestChecker:
         needs = {name: "x" for name in ("prompt", "image") if name in self.schema.parameters}
         try:
             values = self.check({name: value for name, value in needs.items() if self.schema.parameters[name].required})
-            picture = SourceImage(512, 512, b"")
-            self._half.complete({**values, "images": tuple(picture for _ in values.get("images", ()))}, *self._rules)
+            self.draft(values)
         except InvalidRequest as error:
             blamed = DEFAULTS_FILE if folder_has_defaults else "with these limits no request can be served"
             raise StartupError(f"{blamed}: {error}") from error
@@ -104,6 +105,10 @@ class RequestChecker:
                 raise InvalidRequest(f"image[{i}]: {shown(picture)} is not {self.schema.parameters['image'].fits()}")
         return pictures
 
+    def draft(self, values: dict[str, Any]) -> GenerationRequest:
+        """What `complete` gives, with stand-ins for the source pictures: cheap, and enough to predict the cost."""
+        return self._completed(values, tuple(SourceImage(512, 512, b"") for _ in values.get("images") or ()))
+
     def complete(self, values: dict[str, Any]) -> GenerationRequest:
         """Decode the pictures and apply the family's rules between fields."""
         pictures = values.get("images") or []
@@ -116,5 +121,9 @@ class RequestChecker:
             )
             for i, picture in enumerate(pictures)
         )
-        request: GenerationRequest = self._half.complete({**values, "images": images}, *self._rules)
+        return self._completed(values, images)
+
+    def _completed(self, values: dict[str, Any], images: tuple[SourceImage, ...]) -> GenerationRequest:
+        own = {name: value for name, value in values.items() if name not in ("timeout", "dry_run")}
+        request: GenerationRequest = self._half.complete({**own, "images": images}, *self._rules)
         return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from typing import Any
 
@@ -18,8 +19,9 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.infer_type import RequestedOutput
 
-from runtime.errors import DiffusionError, InvalidRequest, shown
-from runtime.logs import request_scope, unexpected, with_request_id
+from runtime.access import OPEN_METHODS, Keys
+from runtime.errors import DiffusionError, InvalidRequest, Unauthorized, shown
+from runtime.logs import credential, log, request_scope, trace_context, unexpected, with_request_id
 from runtime.model import DiffusionModel, find_model
 from runtime.protocol import v2
 
@@ -38,6 +40,7 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 
+VARINT, FIXED64 = 0, 1  # protobuf wire types
 RAW_OUTPUT_TAG = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 
 
@@ -48,9 +51,9 @@ def parameter_value(parameter: Any) -> Any:
     if choice is not None:
         return getattr(parameter, choice)
     for unknown in UnknownFieldSet(parameter):
-        if unknown.field_number == 4:
+        if (unknown.field_number, unknown.wire_type) == (4, FIXED64):
             return struct.unpack("<d", struct.pack("<Q", unknown.data))[0]
-        if unknown.field_number == 5:
+        if (unknown.field_number, unknown.wire_type) == (5, VARINT):
             return unknown.data
     return None
 
@@ -150,7 +153,7 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
         model = self._model(request.model_name, request.model_version)
         decoded = infer_request(request)
         headers = {key.lower(): value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        response, _ = await model(decoded, headers=headers)
+        response = await model.answer(decoded, headers, request.SerializeToString(deterministic=True))
         return await asyncio.to_thread(infer_response, response, decoded.use_binary_outputs)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
@@ -163,18 +166,37 @@ class Servicer(InferenceServicer):  # type: ignore[misc]
 
 
 class Errors(aio.ServerInterceptor):  # type: ignore[misc]
-    """Turns our errors into status codes, and anything else into INTERNAL with a request id."""
+    """Asks for a key, and turns our errors into status codes, anything else into INTERNAL with a request id."""
+
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._keys = keys or Keys()
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        pairs = [(key, value) for key, value in details.invocation_metadata or () if isinstance(value, str)]
+        metadata = dict(pairs)
+        trace, echoed = trace_context(pairs)
+        try:
+            key_name = "" if details.method in OPEN_METHODS else self._keys.require(metadata)
+        except Unauthorized as error:
+            refusal = str(error)
+
+            async def refuse(_: Any, context: Any) -> None:
+                with request_scope(metadata.get("x-request-id"), trace) as identity:
+                    log(logging.INFO, "refused", status=401, method=details.method[:200], error=refusal)
+                    await context.send_initial_metadata((("x-request-id", identity), *echoed))
+                    await context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
+
+            # A handler of streams is called before the first message is read.
+            return grpc.stream_stream_rpc_method_handler(refuse)
         handler = await continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
         inner, deserialize = handler.unary_unary, handler.request_deserializer
 
         async def guarded(request: Any, context: Any) -> Any:
-            metadata = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
-            with request_scope(metadata.get("x-request-id")) as identity:
-                await context.send_initial_metadata((("x-request-id", identity),))
+            with request_scope(metadata.get("x-request-id"), trace) as identity:
+                credential.set(key_name)
+                await context.send_initial_metadata((("x-request-id", identity), *echoed))
                 try:
                     try:
                         message = deserialize(request) if deserialize else request
@@ -208,15 +230,17 @@ class Server(GRPCServer):  # type: ignore[misc]
         repository: ModelRepository,
         sizes: tuple[int, int],
         grace: int,
+        keys: Keys | None = None,
     ) -> None:
         super().__init__(port, data_plane, extension, kwargs={}, grace_period=grace)
         self._servicer = Servicer(data_plane, extension, repository)
         self._sizes = sizes
+        self._keys = keys
 
     async def start(self, max_workers: int = 1) -> None:
         send, receive = self._sizes
         self._server = aio.server(
-            interceptors=(Errors(),),
+            interceptors=(Errors(self._keys),),
             options=[("grpc.max_send_message_length", send), ("grpc.max_receive_message_length", receive)],
         )
         add_GRPCInferenceServiceServicer_to_server(self._servicer, self._server)

@@ -7,7 +7,7 @@ from typing import Any
 from runtime.errors import InvalidRequest, shown
 from runtime.families.base import normalise
 from runtime.protocol.wire import Base64
-from runtime.types import GeneratedMedia, GenerationResult
+from runtime.types import Estimate, GeneratedMedia, GenerationRequest, GenerationResult
 
 FIELDS = ("instances", "parameters")
 
@@ -33,12 +33,26 @@ def decode(payload: Any, max_instances: int) -> list[dict[str, Any]]:
     return [{**shared, **normalise(instance)} for instance in instances]
 
 
-def encode(results: list[GenerationResult], model_name: str) -> dict[str, Any]:
+def encode(results: list[GenerationResult] | list[Estimate], model_name: str) -> dict[str, Any]:
     """The response body; pictures and videos in it are `Base64`."""
     return {"predictions": [_prediction(result, model_name) for result in results]}
 
 
-def _prediction(result: GenerationResult, model_name: str) -> dict[str, Any]:
+def estimated(estimate: Estimate) -> dict[str, Any]:
+    """What every protocol tells about a dry run."""
+    return {
+        "dry_run": True,
+        "predicted_seconds": round(estimate.seconds, 3),
+        "predicted_wait_seconds": round(estimate.wait_seconds, 3),
+        "width": estimate.request.width,
+        "height": estimate.request.height,
+        **asked(estimate.request),
+    }
+
+
+def _prediction(result: GenerationResult | Estimate, model_name: str) -> dict[str, Any]:
+    if isinstance(result, Estimate):
+        return {"model_name": model_name, "prompt": result.request.prompt, **estimated(result)}
     kind = "video" if result.media[0].format == "mp4" else "image"
     media = [_media(item) for item in result.media]
     prediction: dict[str, Any] = {"model_name": model_name, "prompt": result.request.prompt, kind: media[0]}
@@ -54,22 +68,25 @@ def _media(item: GeneratedMedia) -> dict[str, Any]:
 
 def describe(result: GenerationResult) -> dict[str, Any]:
     """What every protocol tells about a result beside its media: what was drawn, and how."""
-    request = result.request
-    told: dict[str, Any] = {
-        "seed": request.seed,
-        "seeds": list(request.seeds),
+    return {
         "width": result.media[0].width,
         "height": result.media[0].height,
-        "num_inference_steps": request.num_inference_steps,
-    }
-    for name in ("guidance_scale", "guidance_scale_2", "flow_shift", "num_frames", "fps", "max_sequence_length"):
-        if (value := getattr(request, name)) is not None:
-            told[name] = value
-    return {
-        **told,
-        **request.extra,
+        **asked(result.request),
         "timings": dict(result.timings),
         "batched": result.batched,
         "engine_variant": result.engine_variant,
         "model_revision": result.model_revision,
     }
+
+
+def asked(request: GenerationRequest) -> dict[str, Any]:
+    """The request as it is run, defaults filled in."""
+    told: dict[str, Any] = {
+        "seed": request.seed,
+        "seeds": list(request.seeds),
+        "num_inference_steps": request.num_inference_steps,
+    }
+    for name in ("guidance_scale", "guidance_scale_2", "flow_shift", "num_frames", "fps", "max_sequence_length"):
+        if (value := getattr(request, name)) is not None:
+            told[name] = value
+    return {**told, **request.extra}

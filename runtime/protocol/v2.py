@@ -20,9 +20,9 @@ from kserve.protocol.infer_type import RequestedOutput
 from runtime import __version__
 from runtime.errors import InvalidRequest, shown
 from runtime.families.base import ALIASES, Schema
-from runtime.protocol.v1 import describe
+from runtime.protocol.v1 import describe, estimated
 from runtime.protocol.wire import Base64, parse, pieces
-from runtime.types import GenerationResult
+from runtime.types import Estimate, GenerationResult
 
 NUMPY_TYPES = {
     "BOOL": "?",
@@ -289,11 +289,18 @@ def _parameters(value: Any, where: str) -> dict[str, Any]:
 # --- results → wire
 
 
-def encode(results: list[GenerationResult], request: InferRequest, model_name: str, identity: str) -> InferResponse:
+def encode(
+    results: list[GenerationResult] | list[Estimate], request: InferRequest, model_name: str, identity: str
+) -> InferResponse:
     """Outputs `image` or `video` (raw bytes) and `metadata` (JSON text), one element for each picture or video."""
+    if isinstance(results[0], Estimate):  # a dry run has metadata alone
+        dry = [orjson.dumps({"prompt": r.request.prompt, **estimated(r)}) for r in results if isinstance(r, Estimate)]
+        output = InferOutput("metadata", [len(dry)], "BYTES", dry)
+        return InferResponse(response_id=identity, model_name=model_name, infer_outputs=[output])
     kind = "video" if results[0].media[0].format == "mp4" else "image"
     media, metadata = [], []
     for result in results:
+        assert isinstance(result, GenerationResult)
         told = describe(result)
         for item in result.media:
             media.append(item.data)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fastapi import APIRouter
 from kserve.model_repository import ModelRepository
 
-from runtime.routes import v1, v2
+from runtime.routes import requests, v1, v2
 
 # One line for each HTTP surface.
-ROUTERS: tuple[Callable[[ModelRepository], APIRouter], ...] = (v1.router, v2.router)
+ROUTERS: tuple[Callable[[ModelRepository], APIRouter], ...] = (v1.router, v2.router, requests.router)

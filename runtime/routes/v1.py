@@ -29,9 +29,9 @@ def router(repository: ModelRepository) -> APIRouter:
     async def predict(model_name: str, request: Request) -> Response:
         model = find_model(repository, model_name)
         _ = model.checker  # 503 before the body is read
-        payload = parse(await request.body())  # whatever the content type: curl's default is a form's
-        body, _ = await model(payload, headers=dict(request.headers))
-        return json_response(body)
+        body = await request.body()
+        payload = parse(body)  # whatever the content type: curl's default is a form's
+        return json_response(await model.answer(payload, request.headers, body))
 
     @routes.post("/v1/models/{model_name}:explain")
     async def explain(model_name: str) -> Response:

@@ -59,8 +59,9 @@ def router(repository: ModelRepository) -> APIRouter:
     async def infer(model_name: str, request: Request, model_version: str = "") -> Response:
         model = find_model(repository, model_name, model_version)
         _ = model.checker  # 503 before the body is read
-        decoded = v2.rest_request(await request.body(), request.headers.get(JSON_LENGTH), model.name)
-        response, _ = await model(decoded, headers=dict(request.headers))
+        body = await request.body()
+        decoded = v2.rest_request(body, request.headers.get(JSON_LENGTH), model.name)
+        response = await model.answer(decoded, request.headers, body)
         assert isinstance(response, InferResponse)
         parts, json_length = v2.rest_response(response, decoded)
         if json_length is None:

@@ -169,7 +169,7 @@ def test_a_call_that_left_the_queue_never_runs(sd15: Server) -> None:
     assert time.monotonic() - began < SOON
     assert running.answered and running.pictures()
     (line,) = [line for line in log_lines(sd15) if line.get("seed") == 77]
-    assert line["outcome"] == "CancelledError" and set(line["timings"]) == {"total"}
+    assert line["outcome"] == "cancelled" and set(line["timings"]) == {"total"}
 
 
 def test_leaving_a_running_call_frees_the_engine(sd15: Server) -> None:
@@ -229,7 +229,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(watched: Callable[...,
     waiting = [Call(server, {**QUICK, "seed": 1}) for _ in range(2)]
     body = {"instances": [QUICK, QUICK]}  # one fits, two do not: none is admitted
     status, headers, answer = server.request("POST", f"/v1/models/{server.name}:predict", body)
-    assert (status, headers["retry-after"]) == (429, "5")
+    assert status == 429 and int(headers["retry-after"]) >= 1
     assert "2 prompts wait and at most 3 may" in json.loads(answer)["error"]
     waiting.append(Call(server, {**QUICK, "seed": 1}))
     assert Call(server, QUICK).answer()[0] == 429

@@ -283,7 +283,9 @@ def test_every_listed_input_is_accepted(family: str, serve: Serve) -> None:
             del fields["num_frames"]
         if name == "output_quality" and OUTPUT[family] == "image":
             fields["output_format"] = "jpeg"
-        if name in ("width", "height", "num_inference_steps"):
+        if name == "timeout":
+            value = 60
+        elif name in ("width", "height", "num_inference_steps"):
             value = parameters[name]["minimum"]
         else:
             value = legal(name, parameters[name])

@@ -37,6 +37,9 @@ CLASSES = {error.__name__: error for error in (*all_errors(), EngineDied)}
 TABLE = {
     "InvalidRequest": (400, "INVALID_ARGUMENT"),
     "ModelNotFound": (404, "NOT_FOUND"),
+    "Unauthorized": (401, "UNAUTHENTICATED"),
+    "NotFound": (404, "NOT_FOUND"),
+    "Conflict": (409, "ABORTED"),
     "PayloadTooLarge": (413, "RESOURCE_EXHAUSTED"),
     "QueueFull": (429, "RESOURCE_EXHAUSTED"),
     "Cancelled": (499, "CANCELLED"),

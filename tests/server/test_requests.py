@@ -463,6 +463,9 @@ def test_every_known_field_is_taken_or_refused_with_a_reason(model: str) -> None
 
 
 WRONG: list[tuple[str, str, Any, str]] = [
+    ("glm", "timeout", 0, "is not a finite number from 0.001 to 3600"),
+    ("glm", "timeout", 3601, "is not a finite number from 0.001 to 3600"),
+    ("glm", "dry_run", "yes", "is not true or false"),
     ("glm", "prompt", 5, "is not a string of at most 8000 characters"),
     ("glm", "prompt", True, "is not a string"),
     ("glm", "prompt", ["a dog"], "is not a string"),

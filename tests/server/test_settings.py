@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from runtime.errors import StartupError
 from runtime.families.base import Limits
@@ -38,6 +38,13 @@ GOOD: dict[str, tuple[str, Any]] = {
     "max_source_image_pixels": ("2000", 2000),
     "max_body_bytes": ("3000", 3000),
     "max_queue_size": ("7", 7),
+    "max_queue_seconds": ("70", 70),
+    "max_timeout": ("90", 90),
+    "engine_timeout": ("9", 9),
+    "idempotency_hold_s": ("11", 11),
+    "join_by_request_id": ("True", True),
+    "api_key": ("one-secret-key", SecretStr("one-secret-key")),
+    "api_key_file": ("/run/keys", "/run/keys"),
     "http_port": ("9000", 9000),
     "grpc_port": ("9001", 9001),
     "enable_grpc": ("False", False),
@@ -80,6 +87,11 @@ BAD: dict[str, tuple[str, ...]] = {
     "max_source_image_pixels": ("0",),
     "max_body_bytes": ("0",),
     "max_queue_size": ("0",),
+    "max_queue_seconds": ("0", "soon"),
+    "max_timeout": ("0", "1h"),
+    "engine_timeout": ("-1",),
+    "idempotency_hold_s": ("0",),
+    "join_by_request_id": ("perhaps",),
     "http_port": ("0", "65536", "http", "80.5"),
     "grpc_port": ("-1",),
     "enable_grpc": ("auto",),
@@ -94,7 +106,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "log_format": ("xml",),
     "log_prompts": ("x",),
 }
-FREE_TEXT = {"model_id", "model_path", "model_aliases", "ssl_certfile", "ssl_keyfile"}
+FREE_TEXT = {"model_id", "model_path", "model_aliases", "ssl_certfile", "ssl_keyfile", "api_key", "api_key_file"}
 ALL_BAD = [(name, value) for name, values in BAD.items() for value in values]
 
 

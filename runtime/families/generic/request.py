@@ -8,6 +8,7 @@ from typing import Any
 from runtime.errors import InvalidRequest
 from runtime.families.base import (
     COMMON,
+    OURS,
     Limits,
     Parameter,
     Schema,
@@ -65,7 +66,7 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
     refused = {name: reason for name, reason in facts["refused"].items() if name not in parameters} | {
         name: facts["refused"].get(name, f"{facts['pipeline']} takes no such argument")
         for name in COMMON
-        if name not in parameters and name not in ("seed", "output_format", "output_quality")
+        if name not in parameters and name not in OURS
     }
     return Schema(parameters, refused)
 

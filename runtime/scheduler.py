@@ -33,7 +33,7 @@ class Job:
     request: GenerationRequest
     request_id: str
     name: str
-    result: asyncio.Future[GenerationResult]
+    result: asyncio.Future[GenerationResult] = field(repr=False)
     cost: float
     trace_id: str | None
     number: int = field(default_factory=itertools.count(1).__next__)  # first come, first served
@@ -42,7 +42,7 @@ class Job:
     ended: float | None = None
     attempts: int = 0
     expired: bool = False
-    ticket: Ticket | None = None
+    ticket: Ticket | None = field(default=None, repr=False)
     progress: Progress | None = None
     logged: float = 0.0
 
@@ -173,7 +173,7 @@ class Scheduler:
             job.result.exception()  # looked at: a sibling's failure is not "never retrieved"
         if job.ticket is not None:
             self._engine.cancel(job.ticket)  # nothing for one that has left the engine
-        with contextlib.suppress(ValueError):
+        if job in self._waiting:  # remove() alone would put the job's repr, its pictures in it, into an error
             self._waiting.remove(job)
         if job.ended is None:
             job.ended = time.monotonic()

@@ -58,7 +58,7 @@ class Ticket:
     result: asyncio.Future[GenerationResult]
     device_free: asyncio.Event = field(default_factory=asyncio.Event)
     done: Done | None = None
-    parts: dict[int, bytes] = field(default_factory=dict)
+    parts: dict[int, bytes] = field(default_factory=dict, repr=False)
     patience: float = 60.0  # seconds without a sign of life that are taken for a hang
 
 
@@ -256,7 +256,7 @@ class EngineClient:
         del self._tickets[ticket.job]
         ticket.device_free.set()
         if not ticket.result.done():
-            media = tuple(replace(item, data=ticket.parts[i]) for i, item in enumerate(done.media))
+            media = tuple(replace(item, data=ticket.parts.pop(i)) for i, item in enumerate(done.media))
             ticket.result.set_result(
                 GenerationResult(
                     ticket.request, media, done.timings, capabilities.engine_variant, capabilities.model_revision

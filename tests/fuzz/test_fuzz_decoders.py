@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_parse(body: bytes) -> None:
         checked(str(error))
     else:
         assert parse(memoryview(body)) == parse(bytearray(body)) == value
-        assert json.loads(body) == value or "e" in body.decode().lower() or any(c.isdigit() for c in body.decode())
+        if not re.search(rb"\d", body):  # of large numbers the two keep different digits
+            assert json.loads(body) == value
 
 
 # --- v1

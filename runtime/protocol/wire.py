@@ -53,17 +53,6 @@ def pieces(value: Any) -> Iterator[bytes | Base64]:
         yield orjson.dumps(value)
 
 
-def plain(value: Any) -> Any:
-    """`value` with its Base64 objects as strings, for callers that want a plain object."""
-    if isinstance(value, Base64):
-        return value.text()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
 def parse(body: bytes | bytearray | memoryview) -> Any:
     """The JSON value of a request body. Raises InvalidRequest."""
     # Parsing holds the event loop; base64 has neither of these characters, however long it is.

@@ -19,9 +19,20 @@ from runtime.errors import InvalidRequest
 from runtime.families.base import Limits, Schema
 from runtime.families.requests import RequestChecker
 from runtime.protocol import grpc, v1, v2
-from runtime.protocol.wire import CHUNK, Base64, parse, pieces, plain
+from runtime.protocol.wire import CHUNK, Base64, parse, pieces
 from runtime.routes.responses import Chunked
 from runtime.types import Capabilities, GeneratedMedia, GenerationRequest, GenerationResult, SourceImage
+
+
+def plain(value: Any) -> Any:
+    """What the streamed JSON must say: `value` with its Base64 objects as strings."""
+    if isinstance(value, Base64):
+        return value.text()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def schema_of(family: str, facts: dict[str, Any]) -> Schema:
@@ -46,7 +57,6 @@ FLAGGED = schema_of(
         "default_width": 64,
         "default_height": 64,
         "negative_prompt_gate": "guidance_scale",
-        "count": "num_images_per_prompt",
     },
 )
 

@@ -99,7 +99,6 @@ SD15: dict[str, Any] = {
     },
     "image_required": False,
     "negative_prompt_gate": "guidance_scale",
-    "count": "num_images_per_prompt",
 }
 FLUX: dict[str, Any] = {
     **SD15,

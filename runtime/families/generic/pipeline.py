@@ -77,7 +77,6 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
         "extra": extra,
         "image_required": "image" in signature and signature["image"].default is inspect.Parameter.empty,
         "negative_prompt_gate": gate,
-        "count": next((n for n in ("num_images_per_prompt", "num_videos_per_prompt") if n in signature), None),
     }
 
 

@@ -1,15 +1,17 @@
 """What a model family keeps: a request half (no torch) and a pipeline half (in the engine).
 
-The request half is a module `families/<name>/request.py` with two functions:
+The request half is a module `families/<name>/request.py` with three functions:
 
     schema(facts, limits) -> Schema                       what a request may say to this model
     complete(values, facts, limits) -> GenerationRequest  rules between fields, and what is left out
+    batch_key(request, facts) -> GenerationRequest | None requests with equal keys may run together; None runs alone
 
 The pipeline half is a module `families/<name>/pipeline.py` with
 
     PIPELINES                       class names in model_index.json that the family serves
     facts(pipeline, folder) -> dict JSON values for the request half
-    Runner(pipeline)                `.run(request, seed, context) -> list of frames or one picture`
+    Runner(pipeline)                `.run(request, seed, context) -> list of frames or one picture`, and where
+                                    `batch_key` gives keys `.run_batch([(request, seed), …], context) -> list of those`
 
 Adding a family: the folder and one line in `registry.py`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from PIL import Image
 
 from runtime.engine.context import Context
 from runtime.engine.running import FreshScheduler, Hooks, cpu_generator
+from runtime.errors import StartupError
+from runtime.families.glm_image import reference
 from runtime.families.glm_image.request import MULTIPLE, source_size
+from runtime.families.glm_image.tokens import TokenStage
+from runtime.families.glm_image.transformer import Denoiser, attention_backend
+from runtime.logs import log
 from runtime.types import GenerationRequest, SourceImage
-
-TOKENS_PER_CHECK = 16
 
 
 def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
@@ -45,17 +49,37 @@ def warmup(facts: dict[str, Any]) -> GenerationRequest:
 
 
 class Runner:
-    """One GLM-Image pipeline. The token stage keeps state on its model: one generation at a time."""
+    """One GLM-Image pipeline. The token stage keeps state on its model: one generation at a time.
 
-    def __init__(self, pipeline: Any) -> None:
+    `fast` None takes the fast path where a GPU has it and nothing stands in its way; True takes it anywhere, on a CPU
+    without kernels. `attention` names the DiT's attention. `token_weights` (plain, int8 or float8) and `denoiser_fp8`
+    trade bits of the picture for speed. `variant` says what came of all.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        fast: bool | None = None,
+        attention: str = "auto",
+        token_weights: str = "plain",
+        denoiser_fp8: bool = False,
+    ) -> None:
         self._pipeline = pipeline
         self._hooks = Hooks(pipeline)
         self._scheduler = FreshScheduler(pipeline)
         self._facts = facts(pipeline, Path())
-        encoder = pipeline.vision_language_encoder
-        book = pipeline.transformer.config.prior_vq_quantizer_codebook_size
-        # The head can say more ids than the DiT's embedding has rows; the end token would shorten the picture.
-        self._outside_book = list(range(book, encoder.config.text_config.vision_vocab_size))
+        encoder, transformer = pipeline.vision_language_encoder, pipeline.transformer
+        ops, denoiser_ops = _ops(encoder, fast), _ops(transformer, fast)
+        _check_8_bit(encoder, ops, {"int8": (8, 0), "float8": (8, 9)}.get(token_weights))
+        _check_8_bit(transformer, denoiser_ops, (8, 9) if denoiser_fp8 else None)
+        self._tokens = TokenStage(encoder, transformer.config.prior_vq_quantizer_codebook_size, ops, token_weights)
+        self._denoiser: Denoiser | None = None
+        told = [f"tokens by {_name(ops)}" + (f" from {token_weights}" if ops and token_weights != "plain" else "")]
+        if denoiser_ops is not None:
+            backend = attention_backend(attention, transformer.device, transformer.dtype)
+            self._denoiser = Denoiser(transformer, denoiser_ops, backend, denoiser_fp8)
+            told += [f"DiT by {_name(denoiser_ops)}" + (" in float8" if denoiser_fp8 else ""), f"{backend} attention"]
+        self.variant = ", ".join(told) if ops or denoiser_ops else "stock"
 
     def run(self, request: GenerationRequest, seed: int, context: Context) -> Image.Image:
         """One picture; equal on the CPU to what the stock pipeline gives with ids outside the code book suppressed."""
@@ -80,7 +104,9 @@ class Runner:
                 **tokens,
             )
         finally:
-            self._forget()
+            self._tokens.forget()
+            if self._denoiser is not None:
+                self._denoiser.forget()
         picture: Image.Image = output.images[0]
         return picture
 
@@ -129,52 +155,51 @@ class Runner:
                 "source_image_grid_thw": [sources * scale],
             }
         count = new_tokens - 1  # stock samples one token more, for an end that nothing reads
-        sampled = encoder.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            suppress_tokens=self._outside_book or None,
-            custom_generate=_sampler(count, cpu_generator(seed), context),
-        )
+        sampled = self._tokens.generate(inputs, count, cpu_generator(seed), context)
         grid = sampled[0, offset : offset + rows * columns]
         return {"prior_token_ids": pipeline._upsample_token_ids(grid, rows, columns), **arguments}
-
-    def _forget(self) -> None:
-        """What the token stage keeps on its model between forwards must not reach the next request."""
-        model = self._pipeline.vision_language_encoder.model
-        model.rope_deltas = model._cached_decode_position_ids = model._prefill_len = None
 
 
 def _hook(module: Any) -> Any:
     return getattr(module, "_hf_hook", None)
 
 
-def _sampler(count: int, generator: torch.Generator, context: Context) -> Any:
-    """A decoding method for transformers' `generate`: `count` ids of shape (1, count), drawn as torch.multinomial
-    does on the CPU: argmax of probability over exponential noise, which here comes from `generator`."""
+def _ops(model: Any, fast: bool | None) -> Any:
+    """The module that does a model's arithmetic the fast way; None where the stock model does it."""
+    modules = list(model.modules())
+    # Offload moves weights between forwards; adapters and quantization put other layers in the place of linear ones.
+    plain = not any(map(_hook, modules)) and len({weight.dtype for weight in model.parameters()}) == 1
+    plain &= all(type(module) is torch.nn.Linear for module in modules if isinstance(module, torch.nn.Linear))
+    if fast is False or not plain:
+        return None
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
+        return reference if fast else None
+    try:
+        import triton
 
-    def sample(
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> torch.Tensor:
-        start = input_ids.shape[1]
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-        for step in range(1, count + 1):
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
-            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-            probabilities = logits_processor(input_ids, logits).softmax(dim=-1)
-            noise = torch.empty(probabilities.shape).exponential_(1, generator=generator)
-            drawn = (probabilities / noise.to(probabilities.device)).argmax(dim=-1, keepdim=True)
-            input_ids = torch.cat([input_ids, drawn], dim=-1)
-            if step % TOKENS_PER_CHECK == 0 or step == count:
-                context.advance("tokens", step, count)
-            if step < count:
-                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-                outputs = model(**inputs, return_dict=True)
-        return input_ids[:, start:]
+        from runtime.families.glm_image import kernels
 
-    return sample
+        _ = triton.runtime.driver.active.utils  # compiles a stub in C, as each kernel's launcher will
+    except Exception as error:  # no Triton, no compiler, no headers: slower, and no reason not to serve
+        log(
+            logging.WARNING, "GLM-Image runs by stock: its kernels cannot be compiled", reason=str(error).split("\n")[0]
+        )
+        return None
+    return kernels
+
+
+def _check_8_bit(model: Any, ops: Any, least: tuple[int, int] | None) -> None:
+    """8-bit numbers are for the fast path, and float8 for GPUs that have it. Raises StartupError."""
+    if least is None or ops is reference:
+        return
+    name = type(model).__name__
+    if ops is None:
+        raise StartupError(f"{name}: 8-bit weights need the kernels' path, which this device or setting leaves out")
+    if torch.cuda.get_device_capability(model.device) < least:
+        raise StartupError(f"{name}: this GPU has no float8; int8 token weights are what it can do")
+    if model.dtype != torch.bfloat16:
+        raise StartupError(f"{name}: 8-bit weights are for bfloat16, not {model.dtype}")
+
+
+def _name(ops: Any) -> str:
+    return ops.__name__.rpartition(".")[2] if ops else "stock"

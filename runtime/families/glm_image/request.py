@@ -42,6 +42,11 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
     )
 
 
+def batch_key(request: GenerationRequest, facts: Mapping[str, Any]) -> GenerationRequest | None:
+    """Alone: the token stage keeps one request's state, and the DiT pads prompts without masking."""
+    return None
+
+
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:
     for token in facts["special_tokens"]:
         if token in values["prompt"]:

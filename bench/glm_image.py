@@ -1,0 +1,571 @@
+"""GLM-Image on one GPU: stock diffusers against this engine, on the same full-size random weights.
+
+    python -m bench.glm_image [--results bench/results/glm_image.json] [--parts startup,rates,full,deviation,eight_bit]
+
+Arms take turns in one process over one set of weights; outputs are compared before a ratio is printed. Rates are taken
+at four sizes for text to image and editing (64 tokens, 3 forwards of each kind, 1 decode); totals computed from
+them are held against full runs at 1024 x 1024 and 50 steps. Both arms sample ids of the code book alone: with random
+weights stock would end early or leave it. Ceilings are measured in a burst
+and over two seconds, before and after: a matrix product that lasts runs into the card's power limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers.pipelines.glm_image.pipeline_glm_image import GlmImageKVCache
+from PIL import Image
+
+from bench.full_size import BOOK, VISION_VOCAB, build
+from runtime.engine.context import Context
+from runtime.engine.running import clean, cpu_generator, isolated_random_state
+from runtime.families.glm_image.pipeline import Runner
+from runtime.families.glm_image.tokens import TokenStage
+from runtime.types import GenerationRequest
+
+DEVICE = torch.device("cuda")
+STEPS = 50
+SIZES = ((512, 512), (1024, 1024), (1024, 1536), (2048, 2048))
+PROMPT = 'a red fox under a sign that says "OPEN", in the rain, at night, neon lights, a street of a big city'
+PARTS = ("startup", "rates", "full", "deviation", "eight_bit")
+REQUEST = GenerationRequest(
+    prompt=PROMPT,
+    width=1024,
+    height=1024,
+    num_inference_steps=STEPS,
+    seed=0,
+    n=1,
+    output_format="png",
+    guidance_scale=1.5,
+    max_sequence_length=2048,
+)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def median(work: Callable[[], Any], times: int) -> float:
+    work()
+    return statistics.median(seconds(work) for _ in range(times))
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def ceilings() -> dict[str, float]:
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    large = torch.randn(2**30, device=DEVICE, dtype=torch.bfloat16)
+    copied = torch.empty_like(large)
+    q, k, v = (torch.randn(1, 32, 4128, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    burst = median(lambda: a @ b, 5)
+
+    def for_two_seconds(work: Callable[[], Any], flop: float) -> float:
+        count = int(2 / median(work, 3))
+
+        def often() -> None:
+            for _ in range(count):
+                work()
+
+        seconds(often)
+        return flop * count / seconds(often) / 1e12
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        attention = for_two_seconds(
+            lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), 4 * 4128**2 * 4096
+        )
+    return {
+        "matmul_burst_tflops": 2 * 8192**3 / burst / 1e12,
+        "matmul_two_seconds_tflops": for_two_seconds(lambda: a @ b, 2 * 8192**3),
+        "attention_two_seconds_tflops": attention,
+        "copy_tb_s": 2 * large.nbytes / median(lambda: copied.copy_(large), 5) / 1e12,
+    }
+
+
+class Arms:
+    """One pipeline, by stock's forward and loop or by the engine's."""
+
+    def __init__(self) -> None:
+        self.pipeline = build("glm-image", "cuda")
+        self.pipeline.set_progress_bar_config(disable=True)
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+        encoder, self.transformer = self.pipeline.vision_language_encoder, self.pipeline.transformer
+        encoder.generation_config.suppress_tokens = list(range(BOOK, VISION_VOCAB))
+        self.take()
+        self.stock_tokens = TokenStage(encoder, BOOK, None)  # stock's sampling with a request's own noise
+
+    def take(self, **options: Any) -> None:
+        """The engine's arm, with a runner's options."""
+        self.transformer.__dict__.pop("forward", None)
+        self.runner = Runner(self.pipeline, **options)
+        self._forward = self.transformer.forward
+
+    @contextmanager
+    def stock(self) -> Iterator[None]:
+        del self.transformer.__dict__["forward"]
+        try:
+            yield
+        finally:
+            self.transformer.forward = self._forward
+
+    def inputs(self, width: int, height: int, source: Image.Image | None, count: int = 1) -> Any:
+        content = [{"type": "text", "text": PROMPT}]
+        if source is not None:
+            content.insert(0, {"type": "image", "image": source})
+        return self.pipeline.processor.apply_chat_template(
+            [[{"role": "user", "content": content}]] * count,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": count > 1, "target_h": height, "target_w": width},
+        ).to(DEVICE)
+
+    def draw(self, request: GenerationRequest, seed: int = 1) -> tuple[Image.Image, dict[str, float]]:
+        context = Context(DEVICE, lambda: False, lambda _: None)
+        try:
+            with isolated_random_state(seed, DEVICE):
+                return self.runner.run(request, seed, context), context.timings
+        finally:
+            clean(self.pipeline)
+
+
+def source_picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
+
+
+# --- rates
+
+
+@dataclass
+class Rate:
+    mode: str
+    width: int
+    height: int
+    arm: str
+    tokens: int
+    prefill_s: float
+    token_ms: dict[str, float]  # by cached positions
+    forward_ms: float  # conditional and unconditional, their mean
+    forward_error: float  # the engine's output against stock's
+    decode_s: float
+    peak_gib: float
+    total_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        token = statistics.mean(self.token_ms.values())
+        self.total_s = self.prefill_s + self.tokens * token / 1e3 + 2 * STEPS * self.forward_ms / 1e3 + self.decode_s
+
+
+def lengthened(inputs: Any, by: int) -> Any:
+    """The prompt, with `by` more words before it."""
+    words = torch.randint(BOOK + 200, BOOK + 350, (len(inputs["input_ids"]), by), device=DEVICE)
+    longer = dict(inputs)
+    longer["input_ids"] = torch.cat([words, inputs["input_ids"]], dim=1)
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    return longer
+
+
+@torch.no_grad()
+def token_rates(arms: Arms, width: int, height: int, source: Any, depths: int) -> dict[str, Any]:
+    """Seconds of the prompt and the first token, and milliseconds of each of the next 64, by arm."""
+    encoder = arms.pipeline.vision_language_encoder
+    inputs = arms.inputs(width, height, source)
+    grids = inputs["image_grid_thw"]
+    tokens = int(grids[-2:].prod(-1).sum()) if source is None else int(grids[-1].prod())
+    context = Context(DEVICE, lambda: False, lambda _: None)
+
+    def stock(given: Any, count: int) -> None:
+        encoder.generate(**given, max_new_tokens=count, do_sample=True)
+        arms.stock_tokens.forget()
+
+    def engine(given: Any, count: int) -> None:
+        arms.runner._tokens.generate(given, count, cpu_generator(1), context)
+        arms.runner._tokens.forget()
+
+    found: dict[str, Any] = {"tokens": tokens}
+    for name, run in (("stock", stock), ("engine", engine)):
+        found[name] = {"token_ms": {}}
+        for i in range(depths):
+            given = lengthened(inputs, tokens * i // max(1, depths - 1)) if depths > 1 else inputs
+            run(given, 2)
+            first = seconds(lambda given=given, run=run: run(given, 1))
+            more = seconds(lambda given=given, run=run: run(given, 65))
+            found[name].setdefault("prefill_s", first)
+            found[name]["token_ms"][str(given["input_ids"].shape[1])] = (more - first) / 64 * 1e3
+    return found
+
+
+def forward_arguments(arms: Arms, width: int, height: int) -> dict[str, Any]:
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    made = {"device": DEVICE, "generator": generator}
+    ids = torch.randint(0, BOOK, (1, width // 16 * (height // 16)), **made)
+    shape = (1, 16, height // 8, width // 8)
+    return {
+        "hidden_states": torch.randn(shape, dtype=torch.bfloat16, **made),
+        "encoder_hidden_states": torch.randn(1, 6, 1472, dtype=torch.bfloat16, **made),
+        "prior_token_id": ids,
+        "prior_token_drop": torch.zeros_like(ids, dtype=torch.bool),
+        "timestep": torch.tensor([500.0], device=DEVICE),
+        "target_size": torch.tensor([[height, width]], device=DEVICE, dtype=torch.bfloat16),
+        "crop_coords": torch.zeros(1, 2, device=DEVICE, dtype=torch.bfloat16),
+        "return_dict": False,
+    }
+
+
+@torch.no_grad()
+def forward_rates(arms: Arms, width: int, height: int, edit: bool) -> dict[str, Any]:
+    """Milliseconds of a forward, the mean of a conditional and an unconditional one; and how far apart arms are."""
+    transformer = arms.transformer
+    given = forward_arguments(arms, width, height)
+    kinds: list[dict[str, Any]] = [
+        given,
+        {
+            **given,
+            "encoder_hidden_states": given["encoder_hidden_states"][:, :2].contiguous(),
+            "prior_token_drop": ~given["prior_token_drop"],
+        },
+    ]
+
+    def prepared() -> None:
+        if edit:
+            caches = GlmImageKVCache(arms.transformer.config.num_layers)
+            caches.set_mode("write")
+            written = forward_arguments(arms, 1024, 1024)
+            written["encoder_hidden_states"] = written["encoder_hidden_states"][:, :0]
+            transformer(**{**written, "timestep": torch.zeros(1, device=DEVICE)}, kv_caches=caches)
+            caches.set_mode("read")
+            kinds[0]["kv_caches"] = caches
+
+    def step() -> list[torch.Tensor]:
+        timestep = given["timestep"].clone()  # a pipeline's step has one of its own
+        return [transformer(**{**kind, "timestep": timestep})[0] for kind in kinds]
+
+    outputs: dict[str, list[torch.Tensor]] = {}
+    times: dict[str, list[float]] = {"stock": [], "engine": []}
+    for arm in ("stock", "engine") * 2:
+
+        def measured(arm: str = arm) -> None:
+            prepared()
+            outputs[arm] = step()
+            for _ in range(3):
+                times[arm].append(seconds(step) / 2)
+
+        if arm == "stock":
+            with arms.stock():
+                measured()
+        else:
+            measured()
+            arms.runner._denoiser.forget() if arms.runner._denoiser else None
+    error = max(relative(mine, stock) for mine, stock in zip(outputs["engine"], outputs["stock"], strict=True))
+    return {"error": error, **{arm: statistics.median(found) * 1e3 for arm, found in times.items()}}
+
+
+@torch.no_grad()
+def decode_rate(arms: Arms, width: int, height: int) -> float:
+    latents = torch.randn(1, 16, height // 8, width // 8, device=DEVICE, dtype=torch.bfloat16)
+    return median(lambda: arms.pipeline.vae.decode(latents, return_dict=False), 1)
+
+
+def rates(arms: Arms) -> list[Rate]:
+    rows = []
+    for mode in ("text", "edit"):
+        source = source_picture() if mode == "edit" else None
+        for width, height in SIZES:
+            torch.cuda.reset_peak_memory_stats()
+            depths = 3 if (width, height, mode) == (1024, 1024, "text") else 1
+            tokens = token_rates(arms, width, height, source, depths)
+            forwards = forward_rates(arms, width, height, mode == "edit")
+            decode, peak = decode_rate(arms, width, height), torch.cuda.max_memory_allocated() / 2**30
+            for arm in ("stock", "engine"):
+                rows.append(
+                    Rate(
+                        mode,
+                        width,
+                        height,
+                        arm,
+                        tokens["tokens"],
+                        tokens[arm]["prefill_s"],
+                        tokens[arm]["token_ms"],
+                        forwards[arm],
+                        forwards["error"],
+                        decode,
+                        peak,
+                    )
+                )
+            stock, engine = rows[-2:]
+            ratio = f"{stock.total_s / engine.total_s:.2f}x" if engine.forward_error < 0.02 else "outputs differ"
+            for row in (stock, engine):
+                token = statistics.mean(row.token_ms.values())
+                print(
+                    f"{mode} {width}x{height} {row.arm:6}: prompt {row.prefill_s:.3f} s, {token:.2f} ms a token, "
+                    f"{row.forward_ms:.1f} ms a forward, decode {row.decode_s:.3f} s, total {row.total_s:.2f} s",
+                    flush=True,
+                )
+            print(f"  forwards differ by {engine.forward_error:.4f}; {ratio}", flush=True)
+    return rows
+
+
+@torch.no_grad()
+def eight(arms: Arms) -> dict[str, float]:
+    """Eight prompts at 1024 x 1024 at once through stock's token stage; this engine takes them one by one."""
+    inputs = arms.inputs(1024, 1024, None, 8)
+
+    def run(count: int) -> None:
+        arms.pipeline.vision_language_encoder.generate(**inputs, max_new_tokens=count, do_sample=True)
+        arms.stock_tokens.forget()
+
+    run(2)
+    first = seconds(lambda: run(1))
+    return {"stock_ms_a_token_and_picture": (seconds(lambda: run(17)) - first) / 16 / 8 * 1e3}
+
+
+# --- full runs
+
+
+def full(arms: Arms) -> dict[str, Any]:
+    pipeline = arms.pipeline
+    arms.draw(replace(REQUEST, num_inference_steps=1))
+    results: dict[str, Any] = {"engine": []}
+
+    def engine() -> None:
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        _, timings = arms.draw(REQUEST)
+        total = time.perf_counter() - begun
+        results["engine"].append({"total_s": total, **timings, "peak_gib": torch.cuda.max_memory_allocated() / 2**30})
+        print(f"engine: {total:.2f} s, {timings}", flush=True)
+
+    engine()
+    with arms.stock():
+        begun = time.perf_counter()
+        with torch.no_grad():
+            tokens, _, _ = pipeline.generate_prior_tokens(
+                PROMPT, 1024, 1024, generator=torch.Generator("cpu").manual_seed(1)
+            )
+        torch.cuda.synchronize()
+        stage = time.perf_counter() - begun
+        pipeline(
+            PROMPT,
+            height=1024,
+            width=1024,
+            num_inference_steps=STEPS,
+            guidance_scale=1.5,
+            prior_token_ids=tokens,
+            generator=torch.Generator("cpu").manual_seed(1),
+        )
+        torch.cuda.synchronize()
+        total = time.perf_counter() - begun
+    arms.stock_tokens.forget()
+    results["stock"] = {"total_s": total, "tokens": stage}
+    print(f"stock: {total:.2f} s, of it {stage:.2f} s in the token stage", flush=True)
+    engine()
+    return results
+
+
+# --- deviation
+
+
+@torch.no_grad()
+def deviation(arms: Arms) -> dict[str, Any]:
+    """The same tokens and noise through both DiTs; the same noise through both token stages, each engine token after
+    the ids that stock drew."""
+    pipeline, found = arms.pipeline, {"denoise": []}
+    ids = torch.randint(0, BOOK, (1, 64 * 64), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    for steps in (1, 10, STEPS):
+
+        def latents(steps: int = steps) -> torch.Tensor:
+            return pipeline(
+                PROMPT,
+                height=1024,
+                width=1024,
+                num_inference_steps=steps,
+                guidance_scale=1.5,
+                prior_token_ids=ids,
+                generator=torch.Generator("cpu").manual_seed(1),
+                output_type="latent",
+            ).images
+
+        mine = latents()
+        arms.runner._denoiser.forget() if arms.runner._denoiser else None
+        with arms.stock():
+            stock = latents()
+        pictures = [
+            np.asarray(pipeline.image_processor.postprocess(pipeline.vae.decode(given, return_dict=False)[0])[0])
+            for given in (mine.to(pipeline.vae.dtype), stock.to(pipeline.vae.dtype))
+        ]
+        square = float(np.mean((pictures[0].astype(float) - pictures[1].astype(float)) ** 2))
+        row = {
+            "steps": steps,
+            "latents_error": relative(mine, stock),
+            "psnr_db": 10 * math.log10(255**2 / square) if square else math.inf,
+        }
+        found["denoise"].append(row)
+        print(row, flush=True)
+    found["tokens"] = token_agreement(arms, 256)
+    print(found["tokens"], flush=True)
+    return found
+
+
+@torch.no_grad()
+def token_agreement(arms: Arms, count: int) -> dict[str, Any]:
+    context = Context(DEVICE, lambda: False, lambda _: None)
+    inputs = arms.inputs(1024, 1024, None)
+    decoder = arms.runner._tokens.decoder
+    assert decoder is not None
+    stock = arms.stock_tokens.generate(inputs, count, cpu_generator(1), context)[0]
+    arms.stock_tokens.forget()
+    alone = arms.runner._tokens.generate(inputs, count, cpu_generator(1), context)[0]
+    arms.runner._tokens.forget()
+    step, forced = decoder._step, []
+
+    def corrected() -> None:
+        assert decoder._room is not None
+        index = len(forced)
+        decoder._room.ids[index] = stock[index]
+        step()
+        forced.append(decoder._room.ids[index + 1].clone())
+
+    decoder._step = corrected  # type: ignore[method-assign]
+    arms.runner._tokens.generate(inputs, count, cpu_generator(1), context)
+    del decoder._step
+    arms.runner._tokens.forget()
+    agree = torch.stack(forced) == stock[1:]
+    same = alone == stock
+    return {
+        "of": len(agree),
+        "agree_after_stocks_ids": int(agree.sum()),
+        "first_difference_alone": int((~same).nonzero()[0]) if not same.all() else None,
+    }
+
+
+def eight_bit(arms: Arms) -> dict[str, Any]:
+    """The lossy options: full runs, and how far they are from stock."""
+    found: dict[str, Any] = {}
+    for weights in ("int8", "float8"):
+        arms.take(token_weights=weights, denoiser_fp8=True)
+        arms.draw(replace(REQUEST, num_inference_steps=1))
+        torch.cuda.reset_peak_memory_stats()
+        total = seconds(lambda: found.update(timings=arms.draw(REQUEST)[1]))
+        timings, peak = found.pop("timings"), torch.cuda.max_memory_allocated() / 2**30
+        found[weights] = {"variant": arms.runner.variant, "total_s": total, **timings, "peak_gib": peak}
+        found[weights]["forward_ms"] = forward_rates(arms, 1024, 1024, False)
+        print(weights, found[weights], flush=True)
+        found[weights]["deviation"] = deviation(arms) if weights == "int8" else {"tokens": token_agreement(arms, 256)}
+        print(found[weights]["deviation"], flush=True)
+    return found
+
+
+# --- start-up
+
+
+def startup() -> dict[str, float]:
+    """Seconds from weights in memory to a first small picture, in a fresh process: without and with a kernel cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        found = []
+        for _ in range(2):
+            made = subprocess.run(
+                [
+                    "env",
+                    f"TRITON_CACHE_DIR={cache}",
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    "bench.glm_image",
+                    "--first",
+                ],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            found.append(float(made.stdout.split()[-1]))
+    print(f"ready after weights: cold {found[0]:.1f} s, second {found[1]:.1f} s", flush=True)
+    return {"cold_s": found[0], "second_s": found[1]}
+
+
+def first() -> None:
+    arms = Arms()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    arms.draw(replace(REQUEST, width=32, height=32, num_inference_steps=1))
+    print(time.perf_counter() - begun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.glm_image")
+    parser.add_argument("--results", type=Path, default=Path("bench/results/glm_image.json"))
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
+    parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.first:
+        first()
+        return
+    parts = options.parts.split(",")
+    results: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
+
+    def keep(name: str, value: Any) -> None:
+        results[name] = value
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+
+    if "startup" in parts:
+        keep("startup", startup())
+    arms = Arms()
+    print("engine:", arms.runner.variant, flush=True)
+    keep(
+        "with",
+        {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "variant": arms.runner.variant,
+        },
+    )
+    arms.draw(replace(REQUEST, width=32, height=32, num_inference_steps=1))
+    keep("ceilings_before", ceilings())
+    print(results["ceilings_before"], flush=True)
+    if "rates" in parts:
+        rows = rates(arms)
+        keep("rates", [asdict(row) for row in rows])
+        keep("eight", eight(arms))
+        print(results["eight"], flush=True)
+    if "full" in parts:
+        keep("full", full(arms))
+    if "deviation" in parts:
+        keep("deviation", deviation(arms))
+    if "eight_bit" in parts:
+        keep("eight_bit", eight_bit(arms))
+    keep("ceilings_after", ceilings())
+    print(results["ceilings_after"], flush=True)
+    if "rates" in results and "full" in results:
+        for arm, whole in (("stock", results["full"]["stock"]), ("engine", results["full"]["engine"][-1])):
+            row = next(r for r in results["rates"] if (r["mode"], r["width"], r["arm"]) == ("text", 1024, arm))
+            off = row["total_s"] / whole["total_s"] - 1
+            print(f"{arm}: {whole['total_s']:.2f} s, from rates {row['total_s']:.2f} s ({off:+.1%})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""GLM-Image's kernels on a CUDA device: each against `reference`, and the fast path against the stock modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from runtime import tiny
+from runtime.engine.context import Context
+from runtime.engine.running import clean, isolated_random_state
+from runtime.errors import Cancelled
+from runtime.families.glm_image import decoder, reference
+from runtime.families.glm_image.pipeline import Runner
+from runtime.types import GenerationRequest, SourceImage
+
+pytestmark = pytest.mark.gpu
+
+WEIGHTS = decoder.WEIGHTS
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+DTYPES = list(TOLERANCE)
+TEXT = GenerationRequest(
+    prompt='a red fox, "OPEN"',
+    width=64,
+    height=64,
+    num_inference_steps=3,
+    seed=0,
+    n=1,
+    output_format="png",
+    guidance_scale=1.5,
+    max_sequence_length=64,
+)
+
+
+def source(index: int, width: int, height: int) -> SourceImage:
+    rgb = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return SourceImage(width, height, rgb.tobytes())
+
+
+REQUESTS = (
+    TEXT,
+    replace(TEXT, width=96),
+    replace(TEXT, images=(source(0, 64, 64),)),
+    replace(TEXT, images=(source(1, 64, 64), source(2, 96, 64)), width=96),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Any:
+    assert torch.cuda.is_available(), "these tests need a CUDA device; none is visible"
+    from runtime.families.glm_image import kernels
+
+    return kernels
+
+
+def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def unwritten(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), device="cuda", dtype=dtype)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    error = float((one.double() - other.double()).norm() / other.double().norm())
+    assert error < TOLERANCE[other.dtype], error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 96, 4096])
+def test_embed_and_norm(kernels: Any, dtype: torch.dtype, size: int) -> None:
+    table, before, weight, post = (drawn(n, size, dtype=dtype) for n in (50, 1, 1, 1))
+    ids, state = torch.tensor([7, 9, 11], device="cuda"), torch.tensor([2, 5], dtype=torch.int32, device="cuda")
+    results = []
+    for ops in (kernels, reference):
+        hidden, out, total, normed = (unwritten(size, dtype=dtype) for _ in range(4))
+        ops.embed(ids, state, table, weight[0], hidden, out, 1e-5)
+        total.copy_(before[0])
+        ops.norm(hidden, total, post[0], weight[0], normed, 1e-5)
+        results.append((hidden, out, total, normed))
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 96), (4608, 4096), (4096, 13696)])
+def test_linear_and_gated(kernels: Any, dtype: torch.dtype, weights: str, rows: int, columns: int) -> None:
+    x, weight, bias = drawn(columns, dtype=dtype), drawn(2 * rows, columns, dtype=dtype), drawn(rows, dtype=dtype)
+    weight /= columns**0.5
+    half, whole = WEIGHTS[weights](weight[:rows]), WEIGHTS[weights](weight)
+    results = []
+    for ops in (kernels, reference):
+        outs = [unwritten(rows, dtype=dtype) for _ in range(3)]
+        ops.linear(x, half, bias, outs[0])
+        ops.linear(x, half, None, outs[1])
+        ops.gated(x, whole, outs[2])
+        results.append(outs)
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(77, 64), (77, 4096)])
+def test_the_dits_kernels_in_float8(kernels: Any, tokens: int, size: int) -> None:
+    """Steps of float8 are as wide as an eighth of a value: what rounding moves across one is seen."""
+    dtype = torch.bfloat16
+    x, branch, wide = (drawn(tokens, n * size, dtype=dtype) for n in (1, 1, 4))
+    gate, shift, scale = (drawn(2, size, dtype=dtype) for _ in range(3))
+    weight, bias = reference.float8(drawn(4 * size, size, dtype=dtype) / size**0.5), drawn(4 * size, dtype=dtype)
+    results = []
+    for ops in (kernels, reference):
+        hidden, out = ops.modulated(x, shift, scale, 5, 1e-5, branch, gate, True)
+        product = ops.product(reference.float8(x) if ops is reference else ops.eighth(x), weight, bias)
+        rows = [out, ops.eighth(x), ops.eighth(wide, gelu=True)]
+        results.append((hidden, product, *(row.whole(dtype) for row in rows)))
+    for one, other in zip(*results, strict=True):
+        assert float((one.double() - other.double()).norm() / other.double().norm()) < 0.03
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "group", "width", "half"), [(1, 2, 32, 8), (2, 16, 128, 32)])
+@pytest.mark.parametrize(("start", "done"), [(1, 1), (60, 4), (60, 5), (700, 300)])
+def test_attend(
+    kernels: Any, dtype: torch.dtype, heads: int, group: int, width: int, half: int, start: int, done: int
+) -> None:
+    qkv = drawn((heads * group + 2 * heads) * width, dtype=dtype)
+    cos, sin = drawn(400, width, dtype=dtype), drawn(400, width, dtype=dtype)
+    cos[:, 2 * half :], sin[:, 2 * half :] = 1, 0
+    state = torch.tensor([done, start], dtype=torch.int32, device="cuda")
+    cache = drawn(2, heads, 1024, width, dtype=dtype)
+    results = []
+    for ops in (kernels, reference):
+        keys, values, out = *cache.clone(), unwritten(heads * group * width, dtype=dtype)
+        room = ops.scratch(keys, heads * group)
+        ops.attend(qkv, cos, sin, half, keys, values, state, room, out, width**-0.5)
+        results.append((keys, values, out))
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("top_p", [0.75, 0.2, 1.0, 1e-6])
+def test_sample(kernels: Any, top_p: float) -> None:
+    """Half-precision logits have equals at the edge of the top-p set."""
+    for step in range(100):
+        logits = drawn(16384, dtype=torch.bfloat16) * (1 + step % 3)
+        noise = torch.empty(32, 16512).exponential_(1).cuda()
+        results = []
+        for ops in (kernels, reference):
+            ids = torch.zeros(128, dtype=torch.long, device="cuda")
+            state = torch.tensor([step, 3], dtype=torch.int32, device="cuda")
+            ops.sample(logits, noise, ids, state, 0.9, top_p)
+            results.append((ids.tolist(), state.tolist()))
+        assert results[0] == results[1], step
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [(2, 16), (32, 128)])
+@pytest.mark.parametrize("texts", [0, 1, 30])
+def test_the_dits_kernels(kernels: Any, dtype: torch.dtype, heads: int, width: int, texts: int) -> None:
+    tokens, size = 77, heads * width
+    x, branch, qkv = (drawn(tokens, n * size, dtype=dtype) for n in (1, 1, 3))
+    gate, shift, scale = (drawn(2, size, dtype=dtype) for _ in range(3))
+    cos, sin = drawn(tokens - texts, width, dtype=torch.float32), drawn(tokens - texts, width, dtype=torch.float32)
+    weight, bias = drawn(4 * size, size, dtype=dtype) / size**0.5, drawn(4 * size, dtype=dtype)
+    results = [
+        (
+            *ops.modulated(x, shift, scale, texts, 1e-5),
+            *ops.modulated(x, shift, scale, texts, 1e-5, branch, gate),
+            *ops.queries_keys(qkv, cos, sin, texts, heads, 1e-5),
+            ops.grown(x, weight, bias),
+        )
+        for ops in (kernels, reference)
+    ]
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+
+
+class Arm:
+    def __init__(self, folder: Path, fast: bool, dtype: torch.dtype) -> None:
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to("cuda")
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.runner = Runner(self.pipeline, fast=None if fast else False)
+        self.prior: list[torch.Tensor] = []
+        self.latents = torch.empty(0)
+        self.pipeline.transformer.register_forward_pre_hook(
+            lambda _, __, given: self.prior.append(given["prior_token_id"]), with_kwargs=True
+        )
+        self.pipeline.vae.decoder.register_forward_pre_hook(lambda _, given: setattr(self, "latents", given[0]))
+
+    def draw(self, request: GenerationRequest, seed: int, should_stop: Callable[[], bool] = lambda: False) -> Any:
+        self.prior.clear()
+        device = torch.device("cuda")
+        try:
+            with isolated_random_state(seed, device):
+                return np.asarray(self.runner.run(request, seed, Context(device, should_stop, lambda _: None)))
+        finally:
+            clean(self.pipeline)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("models"), "glm-image")
+
+
+@pytest.fixture(scope="module")
+def arms(folder: Path) -> tuple[Arm, Arm]:
+    return Arm(folder, True, torch.float32), Arm(folder, False, torch.float32)
+
+
+def test_the_fast_path_draws_what_stock_draws(arms: tuple[Arm, Arm]) -> None:
+    fast, stock = arms
+    assert fast.runner.variant.startswith("tokens by kernels, DiT by kernels")
+    assert stock.runner.variant == "stock"
+    for request in REQUESTS:
+        for seed in range(2):
+            fast.draw(request, seed)
+            stock.draw(request, seed)
+            assert all(torch.equal(one, other) for one, other in zip(fast.prior, stock.prior, strict=True))
+            assert (fast.latents - stock.latents).norm() < 1e-4 * stock.latents.norm()
+
+
+def test_it_repeats_whatever_ran_between(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "ROOM", 64)  # so that requests outgrow the first graph
+    fast = Arm(folder, True, torch.bfloat16)
+    first = [fast.draw(request, 5) for request in REQUESTS]
+    for request in REQUESTS:
+        looks = 0
+
+        def stop() -> bool:
+            nonlocal looks
+            looks += 1
+            return looks > 3
+
+        with pytest.raises(Cancelled):
+            fast.draw(request, 6, stop)
+    assert all(np.array_equal(fast.draw(request, 5), seen) for request, seen in zip(REQUESTS, first, strict=True))

@@ -1,0 +1,302 @@
+"""GLM-Image's fast path on the CPU, by `reference` in float32: token for token and picture for picture what the stock
+modules give. What the GPU's kernels add is compared with `reference` in tests/e2e/test_glm_kernels.py."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from runtime.engine.context import Context
+from runtime.engine.running import clean, isolated_random_state
+from runtime.errors import Cancelled, StartupError
+from runtime.families.glm_image import decoder, reference
+from runtime.families.glm_image.decoder import Sampling, fused
+from runtime.families.glm_image.pipeline import Runner
+from runtime.families.glm_image.tokens import sampling
+from runtime.families.glm_image.transformer import Kept, attention_backend
+from runtime.types import GenerationRequest, Progress, SourceImage
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+def source(index: int, width: int = 64, height: int = 64) -> SourceImage:
+    rgb = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return SourceImage(width, height, rgb.tobytes())
+
+
+TEXT = GenerationRequest(
+    prompt='a red fox, "OPEN"',
+    width=64,
+    height=64,
+    num_inference_steps=3,
+    seed=0,
+    n=1,
+    output_format="png",
+    guidance_scale=1.5,
+    max_sequence_length=64,
+)
+EDIT = replace(TEXT, images=(source(0),))
+TWO = replace(EDIT, images=(source(1), source(2, 96, 64)), width=96)
+
+
+class Arm:
+    """A pipeline with a runner, and what was seen of its last picture."""
+
+    def __init__(self, folder: Path, fast: bool, **options: Any) -> None:
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.runner = Runner(self.pipeline, fast=fast, **options)
+        self.prior: list[torch.Tensor] = []
+        self.latents = torch.empty(0)
+        self.progress: list[Progress] = []
+        transformer, vae = self.pipeline.transformer, self.pipeline.vae
+        transformer.register_forward_pre_hook(
+            lambda _, __, given: self.prior.append(given["prior_token_id"]), with_kwargs=True
+        )
+        vae.decoder.register_forward_pre_hook(lambda _, given: setattr(self, "latents", given[0]))
+
+    def draw(self, request: GenerationRequest, seed: int, should_stop: Callable[[], bool] = lambda: False) -> Any:
+        self.prior.clear()
+        self.progress.clear()
+        try:
+            with isolated_random_state(seed, CPU):
+                context = Context(CPU, should_stop, self.progress.append)
+                return np.asarray(self.runner.run(request, seed, context)).astype(int)
+        finally:
+            clean(self.pipeline)
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_models: Path) -> Arm:
+    return Arm(tiny_models / "glm-image", fast=False)
+
+
+@pytest.fixture(scope="module")
+def fast(tiny_models: Path) -> Arm:
+    return Arm(tiny_models / "glm-image", fast=True)
+
+
+# --- the same picture
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [TEXT, replace(TEXT, width=96), replace(TEXT, guidance_scale=1.0), EDIT, TWO],
+    ids=["text", "wide", "unguided", "edit", "two-sources"],
+)
+def test_the_fast_path_draws_what_stock_draws(stock: Arm, fast: Arm, request_: GenerationRequest) -> None:
+    for seed in range(3):
+        expected, drawn = stock.draw(request_, seed), fast.draw(request_, seed)
+        assert len(stock.prior) == len(fast.prior)
+        assert all(torch.equal(one, other) for one, other in zip(stock.prior, fast.prior, strict=True))
+        assert (stock.latents - fast.latents).norm() < 1e-6 * stock.latents.norm()
+        assert np.abs(expected - drawn).max() <= 1  # a value at the edge of two levels
+
+
+def test_any_mix_of_requests_draws_what_each_draws_alone(tiny_models: Path, fast: Arm) -> None:
+    choose = random.Random(0)
+    requests = [
+        replace(
+            request,
+            prompt="picture " + "x" * choose.randrange(30) + choose.choice(["", ' "sign"']),
+            width=choose.choice((32, 64, 96)),
+            height=choose.choice((32, 64)),
+            num_inference_steps=choose.choice((1, 2)),
+        )
+        for request in [TEXT, EDIT, TWO, replace(TEXT, guidance_scale=1.0)] * 4
+    ]
+    choose.shuffle(requests)
+    alone = {}
+    for i in (0, 5, 10):
+        alone[i] = Arm(tiny_models / "glm-image", fast=True).draw(requests[i], i)
+    for i, request in enumerate(requests):
+        drawn = fast.draw(request, i)
+        assert i not in alone or np.array_equal(drawn, alone[i])
+
+
+def test_the_arms_are_what_they_say(stock: Arm, fast: Arm) -> None:
+    assert stock.runner.variant == "stock"
+    assert fast.runner.variant == "tokens by reference, DiT by reference, native attention"
+    assert Runner(stock.pipeline).variant == "stock", "the CPU's default draws stock's bytes"
+
+
+# --- the token stage
+
+
+def test_tokens_are_told_when_they_are_there(fast: Arm) -> None:
+    fast.draw(TEXT, 0)
+    told = [p for p in fast.progress if p.stage == "tokens"]
+    assert [p.step for p in told] == [*range(16, 260, 16), 260]
+    assert {p.total for p in told} == {260}
+
+
+@pytest.mark.parametrize("at", [0, 1, 15, 16, 100, 259])
+def test_a_cancel_ends_the_token_stage_within_a_chunk(fast: Arm, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    expected = fast.draw(TEXT, 7)
+    sampled = 0
+    sample = reference.sample
+
+    def counted(*arguments: Any) -> None:
+        nonlocal sampled
+        sampled += 1
+        sample(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Cancelled):
+        patch.setattr(reference, "sample", counted)
+        fast.draw(EDIT if at < 4 else TEXT, 8, lambda: sampled >= at)
+    assert sampled <= at + decoder.CHUNK
+    assert np.array_equal(fast.draw(TEXT, 7), expected)
+
+
+def test_a_longer_request_gets_more_room(tiny_models: Path, monkeypatch: pytest.MonkeyPatch, fast: Arm) -> None:
+    expected = fast.draw(TEXT, 3), fast.draw(EDIT, 3)
+    monkeypatch.setattr(decoder, "ROOM", 16)
+    grown = Arm(tiny_models / "glm-image", fast=True)
+    assert np.array_equal(grown.draw(EDIT, 3), expected[1])
+    assert np.array_equal(grown.draw(TEXT, 3), expected[0])
+    assert np.array_equal(grown.draw(EDIT, 3), expected[1])
+
+
+def test_noise_is_one_stream_however_it_is_drawn(fast: Arm) -> None:
+    stage = fast.runner._tokens.decoder
+    assert stage is not None
+    for seed in range(3):
+        one, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        for begin in (0, 16, 32):
+            stage._draw(begin, one).result()
+            at = begin % 32
+            rows = [torch.empty(1, stage._drawn.shape[1]).exponential_(1, generator=other) for _ in range(16)]
+            assert torch.equal(stage._drawn[at : at + 16], torch.cat(rows))
+
+
+def test_the_thread_that_draws_noise_has_the_same_stream() -> None:
+    def drawn() -> torch.Tensor:
+        return torch.empty(1, 16512).exponential_(1, generator=torch.Generator().manual_seed(5))
+
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(drawn).result(), drawn())
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.9, 0.75), (1.0, 1.0), (2.0, 0.3), (0.5, 1e-6)])
+def test_a_sampled_id_is_transformers(temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    processors = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+    for step in range(50):
+        logits = torch.randn(200, generator=generator)
+        noise = torch.empty(32, 220).exponential_(1, generator=generator)
+        scores = logits[None].clone()
+        for processor in processors:
+            scores = processor(None, scores)
+        expected = (scores.softmax(-1)[0] / noise[step % 32, :200]).argmax()
+        ids, state = torch.zeros(60, dtype=torch.long), torch.tensor([step, 5], dtype=torch.int32)
+        reference.sample(logits, noise, ids, state, temperature, top_p)
+        assert ids[step] == expected and state.tolist() == [step + 1, 5]
+
+
+def test_what_the_sampler_does_not_know_is_left_to_stock() -> None:
+    plain = [
+        SuppressTokensLogitsProcessor([300]),
+        TemperatureLogitsWarper(0.9),
+        TopKLogitsWarper(288),
+        TopPLogitsWarper(0.75),
+    ]
+    assert sampling(plain, 256) == Sampling(0.9, 0.75)
+    assert sampling([], 256) == Sampling(1.0, 1.0)
+    assert sampling([*plain, RepetitionPenaltyLogitsProcessor(1.1)], 256) is None
+    assert sampling([TopKLogitsWarper(50)], 256) is None
+    assert sampling([TopPLogitsWarper(0.75), TopPLogitsWarper(0.5)], 256) is None
+
+
+def test_sampling_of_another_kind_draws_stocks_tokens(tiny_models: Path) -> None:
+    arms = [Arm(tiny_models / "glm-image", fast=fast) for fast in (False, True)]
+    for arm in arms:
+        arm.pipeline.vision_language_encoder.generation_config.top_k = 20
+        arm.draw(replace(TEXT, num_inference_steps=1), 0)
+    assert torch.equal(arms[0].prior[0], arms[1].prior[0])
+
+
+# --- 8-bit weights
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_8_bit_weights_draw_nearly_the_same(tiny_models: Path, fast: Arm, weights: str) -> None:
+    lossy = Arm(tiny_models / "glm-image", True, token_weights=weights, denoiser_fp8=True)
+    assert lossy.runner.variant == f"tokens by reference from {weights}, DiT by reference in float8, native attention"
+    request = replace(EDIT, num_inference_steps=1)  # few tokens: the first that differs changes all after it
+    lossy.draw(request, 0)
+    fast.draw(request, 0)
+    assert 1e-5 < (lossy.latents - fast.latents).norm() / fast.latents.norm() < 0.05
+
+
+@pytest.mark.parametrize(("made", "error"), [(reference.int8, 0.01), (reference.float8, 0.04)])
+def test_8_bit_rows_have_a_step_of_their_own(made: Callable[[torch.Tensor], reference.Weight], error: float) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(8)[:, None]
+    weight[3] = 0
+    back = made(weight).whole(torch.float32)
+    assert ((back - weight).norm(dim=1) <= error * weight.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("options", [{"token_weights": "int8"}, {"denoiser_fp8": True}])
+def test_8_bit_weights_without_the_kernels_are_refused(stock: Arm, options: dict[str, Any]) -> None:
+    with pytest.raises(StartupError, match="8-bit weights"):
+        Runner(stock.pipeline, **options)
+
+
+# --- the pieces
+
+
+def test_fused_layers_share_their_weights() -> None:
+    layers = [torch.nn.Linear(4, width) for width in (8, 2, 2)]
+    given = torch.randn(3, 4)
+    apart = torch.cat([layer(given) for layer in layers], dim=-1)
+    weight, bias = fused(*layers)
+    assert bias is not None
+    assert torch.allclose(torch.nn.functional.linear(given, weight, bias), apart)
+    weight[8:10] = 0
+    assert not layers[1].weight.any() and layers[0].weight.all()
+
+
+def test_kept_results_go_by_identity() -> None:
+    kept, made = Kept(most=2), []
+    one, other, third = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+
+    def result(key: torch.Tensor) -> int:
+        def make() -> int:
+            made.append(key)
+            return len(made)
+
+        found: int = kept(make, key)
+        return found
+
+    assert [result(one), result(other), result(one), result(third), result(third)] == [1, 2, 1, 3, 3]
+    assert result(one) == 4, "only the last two are kept"
+
+
+def test_the_attention_of_a_device() -> None:
+    assert attention_backend("auto", CPU, torch.bfloat16) == "native"
+    assert attention_backend("flash", CPU, torch.float32) == "flash"

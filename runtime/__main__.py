@@ -11,6 +11,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
+from runtime import __version__
 from runtime.cgroup import cpu_count
 from runtime.errors import StartupError
 from runtime.logs import configure, log
@@ -54,6 +55,7 @@ def serve(settings: Settings) -> int:
 
 
 def _runner(kserve_server: Any, settings: Settings) -> Any:
+    from fastapi.openapi.utils import get_openapi
     from kserve.model_repository import ModelRepository
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
@@ -84,7 +86,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             loop = asyncio.get_running_loop()
             threads = settings.cpu_threads or max(1, cpu_count() - 1)
             engine = EngineClient(settings, threads)
-            scheduler = Scheduler(engine, settings.max_queue_size, settings.max_queue_seconds)
+            scheduler = Scheduler(engine, settings)
             model = DiffusionModel(settings, engine, scheduler)
             repository = Repository(model, settings.model_aliases)
             self.dataplane._model_registry = repository
@@ -107,22 +109,22 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
                 tasks.append(asyncio.create_task(grpc_server.start()))
             log(logging.INFO, "listening", http=settings.http_port, grpc=settings.grpc_port)
             tasks += [asyncio.create_task(work) for work in (scheduler.run(), engine.watch(), model.supervise())]
-            stopping = asyncio.create_task(stop.wait())
+            stopping, ends = asyncio.create_task(stop.wait()), 0.0
             try:
                 done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
                 if stopping in done:
+                    ends = loop.time() + settings.grace_period
                     await _drain(model, settings.grace_period)
                 self.failure = next((_failure(task) for task in done if task is not stopping), None)
             finally:
                 uvicorn.should_exit = True
-                for task in tasks[
-                    -3:
-                ]:  # the dispatcher, the watch and the supervisor, which would start the engine again
+                # The dispatcher, the watch, and the supervisor, which would start the engine again.
+                for task in tasks[-3:]:
                     task.cancel()
                 await grpc_server.stop()
                 await engine.stop()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(tasks[0], 5)
+                with contextlib.suppress(asyncio.TimeoutError):  # large answers go on to slow readers
+                    await asyncio.wait_for(tasks[0], max(5.0, ends - loop.time() - 2.0))
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,6 +133,8 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             app = kserve_server.app
             for router in ROUTERS:
                 app.include_router(router(repository))
+            ours = list(app.routes)  # KServe's come behind them and would overwrite their descriptions
+            app.openapi = lambda: get_openapi(title="diffusion-runtime", version=__version__, routes=ours)
             app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, keys=keys)
 
             async def http_error(_: Request, error: Exception) -> JSONResponse:

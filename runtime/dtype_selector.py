@@ -50,13 +50,13 @@ def select_dtypes(setting: str, device: Device, folder: Path, components: Mappin
     if setting == "native":
         plan = _native(device, folder, components)
     elif setting == "auto":
-        plan = _uniform(*_auto(device), components)
+        plan = uniform(*_auto(device), components)
     elif setting not in DTYPES:
         raise StartupError(f"DTYPE is {shown(setting)}; it takes auto, native, {', '.join(DTYPES)}")
     elif DTYPES[setting] not in _supported(device):
         raise StartupError(f"DTYPE={setting}, but {device.name} does not support it; use auto, float16 or float32")
     else:
-        plan = _uniform(DTYPES[setting], "asked for", components)
+        plan = uniform(DTYPES[setting], "asked for", components)
     logger.info("dtype %s", plan.reason)
     return plan
 
@@ -78,7 +78,8 @@ def _supported(device: Device) -> set[torch.dtype]:
     return set(DTYPES.values()) - (set() if device.supports_bfloat16 else {torch.bfloat16})
 
 
-def _uniform(dtype: torch.dtype, why: str, components: Mapping[str, str]) -> DtypePlan:
+def uniform(dtype: torch.dtype, why: str, components: Mapping[str, str]) -> DtypePlan:
+    """`dtype` for all of `components` (name to class name) but those of FLOAT32_CLASSES. `why` is for people."""
     kept = {
         name: torch.float32
         for name, class_name in components.items()

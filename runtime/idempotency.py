@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,6 @@ class Idempotency:
         When the last caller leaves, the work goes on for the hold time and is then cancelled. A failure is not
         kept: its retry runs again. Raises Conflict where the key came with another body, and what `work` raises.
         """
-        self._forget_old()
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = Entry(digest, asyncio.ensure_future(work()))
@@ -62,15 +60,17 @@ class Idempotency:
         entry = self._entries.get(key)
         if entry is None or entry.task is not task:
             return
-        entry.ended = time.monotonic()
+        entry.ended = asyncio.get_running_loop().time()
         if entry.abandon is not None:
             entry.abandon.cancel()
         if task.cancelled() or task.exception() is not None:
             del self._entries[key]
-
-    def _forget_old(self) -> None:
-        now = time.monotonic()
+            return
+        asyncio.get_running_loop().call_later(self._hold, self._forget, key, entry)
         ended = {key: entry.ended for key, entry in self._entries.items() if entry.ended is not None}
-        for place, (key, when) in enumerate(sorted(ended.items(), key=lambda item: -item[1])):
-            if place >= MAX_KEPT or now - when > self._hold:
-                del self._entries[key]
+        for oldest in sorted(ended, key=lambda key: ended[key])[:-MAX_KEPT]:
+            del self._entries[oldest]
+
+    def _forget(self, key: tuple[str, str], entry: Entry) -> None:
+        if self._entries.get(key) is entry:
+            del self._entries[key]

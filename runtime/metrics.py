@@ -22,6 +22,9 @@ STAGE_SECONDS = Histogram(
     ["model_name", "stage"],
     buckets=BUCKETS,
 )
+BATCH_SIZE = Histogram(
+    "diffusion_batch_size", "Pictures or videos of one pass.", ["model_name"], buckets=(1, 2, 4, 8, 16, 32)
+)
 STEPS = Counter("diffusion_steps", "Denoising steps done.", ["model_name"])
 TOKENS = Counter("diffusion_tokens", "Tokens of the autoregressive stage sampled.", ["model_name"])
 IMAGES = Counter("diffusion_images", "Pictures made.", ["model_name"])
@@ -29,7 +32,8 @@ FRAMES = Counter("diffusion_frames", "Frames of videos made.", ["model_name"])
 DEVICE_MEMORY = Gauge("diffusion_device_memory_bytes", "Device memory in use by the engine.", ["model_name"])
 DEVICE_MEMORY_PEAK = Gauge("diffusion_device_memory_peak_bytes", "Its peak since the start.", ["model_name"])
 HOST_MEMORY = Gauge("diffusion_host_memory_bytes", "Resident memory of server and engine.", ["model_name"])
-LOAD_SECONDS = Gauge("diffusion_load_seconds", "Seconds of the last start by stage.", ["model_name", "stage"])
+LOAD_SECONDS = Gauge("diffusion_model_load_seconds", "Seconds of the last start by stage.", ["model_name", "stage"])
+LOAD_BYTES = Gauge("diffusion_model_load_bytes", "Bytes of the model downloaded by the last start.", ["model_name"])
 RESTARTS = Counter("diffusion_engine_restarts", "Engines started again after one died.", ["model_name"])
 READY = Gauge("diffusion_ready", "1 while the model serves.", ["model_name"])
 

@@ -86,6 +86,8 @@ class DiffusionModel(Model):  # type: ignore[misc]
             log(
                 logging.INFO,
                 f"ready: {capabilities.pipeline_class} as {self.name}",
+                source=capabilities.source,
+                bytes=capabilities.model_bytes,
                 seconds=round(time.monotonic() - begun, 1),
                 device=capabilities.device,
                 dtypes=dict(capabilities.dtypes),
@@ -149,6 +151,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
         if len(key) > MAX_KEY_LENGTH:
             raise InvalidRequest(f"Idempotency-Key: {shown(key)} is longer than {MAX_KEY_LENGTH} characters")
         digest = await asyncio.to_thread(lambda: hashlib.sha256(body).hexdigest())
+        digest += " dry" if _dry_run(headers) else ""  # another request, though its body is the same
         return await self._idempotency.run((credential.get(), key), digest, work)
 
     async def predict(
@@ -188,12 +191,12 @@ class DiffusionModel(Model):  # type: ignore[misc]
         self, rows: list[dict[str, Any]], label: str, headers: Mapping[str, str]
     ) -> list[GenerationResult] | list[Estimate]:
         """Check every row before any of them costs anything, then run them. `label` names a row in messages."""
-        checker, scheduler = self.checker, self.scheduler
+        checker, scheduler, begun = self.checker, self.scheduler, time.monotonic()
         checked = [_named(label, i, checker.check, row) for i, row in enumerate(rows)]
         drafts = [_named(label, i, checker.draft, values) for i, values in enumerate(checked)]
         costs = [scheduler.costs.predict(draft) for draft in drafts]
         timeout = min(self._timeout(headers), *(values["timeout"] or math.inf for values in checked))
-        if headers.get("x-dry-run", "").lower() in ("1", "true", "yes") or any(v["dry_run"] for v in checked):
+        if _dry_run(headers) or any(values["dry_run"] for values in checked):
             waits = itertools.accumulate([scheduler.wait_seconds(), *costs[:-1]])
             return [Estimate(*estimate) for estimate in zip(drafts, costs, waits, strict=True)]
         with scheduler.admit(costs):
@@ -202,9 +205,9 @@ class DiffusionModel(Model):  # type: ignore[misc]
                 requests = await asyncio.to_thread(
                     lambda: [_named(label, i, checker.complete, values) for i, values in enumerate(checked)]
                 )
-            jobs = scheduler.enqueue(requests, request_id.get())
+            jobs = scheduler.enqueue(requests, request_id.get(), checker.batch_key, begun + timeout)
         try:
-            results = await scheduler.results(jobs, timeout)
+            results = await scheduler.results(jobs, timeout, begun)
         except BaseException as error:
             for job in jobs:
                 self._log_request(job.request, metrics.outcome(error), {"total": time.monotonic() - job.admitted})
@@ -262,6 +265,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             (metrics.DEVICE_MEMORY, lambda: engine.memory.device),
             (metrics.DEVICE_MEMORY_PEAK, lambda: engine.memory.device_peak),
             (metrics.HOST_MEMORY, host_memory),
+            (metrics.LOAD_BYTES, lambda: engine.load_bytes),
         ):
             gauge.labels(self.name).set_function(read)
 
@@ -270,6 +274,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
                 counter.labels(self.name).inc(steps)
 
         scheduler.on_advance = advanced
+        scheduler.on_batch = metrics.BATCH_SIZE.labels(self.name).observe
 
     # --- metadata
 
@@ -286,7 +291,10 @@ class DiffusionModel(Model):  # type: ignore[misc]
             "properties": {
                 "family": capabilities.family,
                 "pipeline": capabilities.pipeline_class,
+                "source": capabilities.source,
                 "revision": capabilities.model_revision,
+                "bytes": capabilities.model_bytes,
+                "load_seconds": {stage: round(seconds, 3) for stage, seconds in self.engine.load_seconds.items()},
                 "device": capabilities.device,
                 "dtypes": dict(capabilities.dtypes),
                 "optimizations": dict(capabilities.optimizations),
@@ -295,6 +303,10 @@ class DiffusionModel(Model):  # type: ignore[misc]
                 "refused": dict(checker.schema.refused),
             },
         }
+
+
+def _dry_run(headers: Mapping[str, str]) -> bool:
+    return headers.get("x-dry-run", "").lower() in ("1", "true", "yes")
 
 
 def _named(label: str, index: int, function: Any, argument: Any) -> Any:

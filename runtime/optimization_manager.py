@@ -225,7 +225,7 @@ def _current_gpu() -> int:
 OPTIMIZATIONS: dict[str, Optimization] = {
     # Decided for from_pretrained; there is nothing left to do when the model is loaded.
     "low_cpu_mem": Optimization(
-        _always(True, "weights are mapped from the files rather than copied"),
+        _always(True, "weights are mapped or streamed, never held twice"),
         lambda pipeline, device: None,
         lambda pipeline, device: None,
     ),

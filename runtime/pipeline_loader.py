@@ -16,10 +16,11 @@ import transformers as transformers_library
 
 from runtime import optimization_manager
 from runtime.cgroup import host_memory_limit
-from runtime.checkpoint import Tensor, read_json, read_tensors, revision
+from runtime.checkpoint import Tensor, read_json, read_tensors, revision, weight_files
 from runtime.device_manager import Device, detect_device, free_memory
 from runtime.dtype_selector import DtypePlan, dtype_name, select_dtypes
 from runtime.errors import StartupError, shown
+from runtime.streaming import CannotStreamError, Stream, load_whole
 
 logger = logging.getLogger("diffusion_runtime.loader")
 
@@ -58,7 +59,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     _check_class(path, index["_class_name"])
     if (folder / "None.py").exists():  # diffusers 0.42 takes it for a custom pipeline
         raise StartupError(f"{folder / 'None.py'}: models with code of their own are not loaded")
-    for name, value in _component_entries(index).items():
+    for name, value in component_entries(index).items():
         _check_component(folder, name, value)
     return index
 
@@ -69,6 +70,7 @@ def load_pipeline(
     dtype_setting: str,
     optimizations: Mapping[str, str],
     on_stage: Callable[[str, float], None],
+    stream: Stream | None = None,
 ) -> LoadedPipeline:
     """Loads the pipeline in `folder` onto its device, once everything that can be checked without loading is right.
 
@@ -77,13 +79,17 @@ def load_pipeline(
 
     Weights are mapped from their files. Without offload each component goes to the device as it comes, so that the
     host never holds the whole model. Only safetensors are read, nothing is downloaded, no code of the model is run.
+    With a `stream`, `folder` is its skeleton, and the weights come from there.
 
-    Raises StartupError, one line with the original chained, for whatever keeps the model from being loaded.
+    Raises StartupError, one line with the original chained, for whatever keeps the model from being loaded, and
+    CannotStreamError.
     """
     on_stage("loading", 0.0)
     index = read_model_index(folder)
-    classes = {name: value[1] for name, value in _component_entries(index).items()}
+    classes = {name: value[1] for name, value in component_entries(index).items()}
     stored = read_tensors(folder, classes)
+    # Now, while a skeleton still has its weights' sizes.
+    told = revision(Path(stream.uri) if stream is not None and stream.local else folder, classes)
     device = detect_device(device_setting)
     dtypes = select_dtypes(dtype_setting, device, folder, classes)
     sizes = {name: _loaded_bytes(tensors, dtypes.of(name)) for name, tensors in stored.items()}
@@ -91,9 +97,22 @@ def load_pipeline(
     decisions = optimization_manager.plan(
         optimizations, device, sum(sizes.values()), free, limit, max(sizes.values(), default=0)
     )
-    logger.info("loading %s from %s onto %s", index["_class_name"], folder, device.name)
-    with _component_progress(sizes, on_stage):
-        pipeline = _from_pretrained(folder, index["_class_name"], device, dtypes, decisions)
+    logger.info("loading %s from %s onto %s", index["_class_name"], stream.uri if stream else folder, device.name)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    models: dict[str, torch.nn.Module] = {}
+    if stream is not None:
+        if not decisions["low_cpu_mem"].on:
+            raise CannotStreamError("ENABLE_LOW_CPU_MEM is false")
+        whole = optimization_manager.moves_whole(device, decisions)
+        if stream.local and not whole:
+            raise CannotStreamError("with offload, weights on the host stay mapped from their files")
+        target = device.torch if whole else torch.device("cpu")
+        models = stream.components(component_entries(index), target, dtypes.of)
+    with _component_progress(sizes, on_stage) as loaded_one:
+        if stream is None:
+            models = _transformers_models(folder, component_entries(index), device, dtypes, decisions, loaded_one)
+        pipeline = _from_pretrained(folder, index["_class_name"], device, dtypes, decisions, models)
     report = optimization_manager.apply(pipeline, device, decisions)
     pipeline.set_progress_bar_config(disable=True)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
@@ -103,11 +122,38 @@ def load_pipeline(
         dtypes={name: _main_dtype(module, dtypes.of(name)) for name, module in modules.items()},
         optimizations=report,
         model_bytes=sum(weight.nbytes for module in modules.values() for weight in _weights(module)),
-        revision=revision(folder, classes),
+        revision=told,
     )
     logger.info("loaded %.1f GiB, revision %s", loaded.model_bytes / 2**30, loaded.revision)
     on_stage("loading", 1.0)
     return loaded
+
+
+def _transformers_models(
+    folder: Path,
+    entries: Mapping[str, list[Any]],
+    device: Device,
+    dtypes: DtypePlan,
+    decisions: Mapping[str, optimization_manager.Decision],
+    on_loaded: Callable[[str], None],
+) -> dict[str, torch.nn.Module]:
+    """The models of transformers, loaded as diffusers would, and refused where the checkpoint lacks weights."""
+    directly = decisions["low_cpu_mem"].on and optimization_manager.moves_whole(device, decisions)
+    models = {}
+    for name, (library, class_name) in entries.items():
+        cls = getattr(transformers, class_name, None) if library == "transformers" else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and weight_files(folder, name):
+            models[name] = load_whole(
+                cls,
+                f"{folder}/{name}",
+                str(folder / name),
+                dtype=dtypes.of(name),
+                use_safetensors=True,
+                local_files_only=True,
+                device_map=device.type if directly else None,
+            )
+            on_loaded(name)
+    return models
 
 
 def _from_pretrained(
@@ -116,19 +162,20 @@ def _from_pretrained(
     device: Device,
     dtypes: DtypePlan,
     decisions: Mapping[str, optimization_manager.Decision],
+    models: Mapping[str, torch.nn.Module],
 ) -> Any:
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     low_cpu_mem = decisions["low_cpu_mem"].on
     directly = low_cpu_mem and optimization_manager.moves_whole(device, decisions)
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(
+        # Not DiffusionPipeline's own: that one reads a passed component which is optional from the folder again.
+        return getattr(diffusers, class_name).from_pretrained(
             str(folder),
             dtype=dtypes.as_torch_dtype(),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=low_cpu_mem,
             device_map=device.type if directly else None,
+            **models,
         )
     except Exception as exc:
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
@@ -138,9 +185,9 @@ def _from_pretrained(
 # --- what model_index.json may say ---
 
 
-def _component_entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The components that are there: name to [library, class]. [null, null] stands for an optional one left out;
-    a list of numbers is an argument of the pipeline."""
+def component_entries(index: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The components that a model_index.json has: name to [library, class]. [null, null] stands for an optional one
+    left out; a list of numbers is an argument of the pipeline."""
     return {
         name: value
         for name, value in index.items()
@@ -197,16 +244,23 @@ def _main_dtype(module: torch.nn.Module, default: torch.dtype) -> str:
 
 
 @contextmanager
-def _component_progress(sizes: Mapping[str, int], on_stage: Callable[[str, float], None]) -> Iterator[None]:
-    """Reports each component that diffusers logs as loaded. Should it stop logging that, only progress is lost."""
+def _component_progress(
+    sizes: Mapping[str, int], on_stage: Callable[[str, float], None]
+) -> Iterator[Callable[[str], None]]:
+    """Gives a function that reports a component as loaded, and reports those that diffusers logs as such. Should it
+    stop logging that, only progress is lost."""
     total, done = sum(sizes.values()), 0
 
-    def watch(record: logging.LogRecord) -> bool:
+    def loaded(name: str) -> None:
         nonlocal done
-        words = record.getMessage().split()
-        if words[:1] == ["Loaded"] and words[1] in sizes:
-            done += sizes[words[1]]
+        if name in sizes:
+            done += sizes[name]
             on_stage("loading", 0.99 * done / total)
+
+    def watch(record: logging.LogRecord) -> bool:
+        words = record.getMessage().split()
+        if words[:1] == ["Loaded"]:
+            loaded(words[1])
         return record.levelno >= logging.WARNING
 
     library = logging.getLogger("diffusers.pipelines.pipeline_utils")
@@ -214,7 +268,7 @@ def _component_progress(sizes: Mapping[str, int], on_stage: Callable[[str, float
     library.setLevel(logging.INFO)
     library.addFilter(watch)
     try:
-        yield
+        yield loaded
     finally:
         library.removeFilter(watch)
         library.setLevel(level)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.cost import CostModel, area
-from runtime.engine.client import UNLOADED, EngineClient, EngineDied, Ticket
+from runtime.engine.client import UNLOADED, EngineClient, EngineDied, Order, Ticket
 from runtime.errors import Cancelled, DeadlineExceeded, InvalidRequest, NotReady, OutOfMemory, QueueFull
 from runtime.logs import log, trace_id
+from runtime.settings import Settings
 from runtime.types import GenerationRequest, GenerationResult, Progress
 
 MAX_ATTEMPTS = 2  # a request whose engine died is run once more
@@ -36,6 +37,9 @@ class Job:
     result: asyncio.Future[GenerationResult] = field(repr=False)
     cost: float
     trace_id: str | None
+    batch_key: GenerationRequest | None = field(default=None, repr=False)
+    deadline: float = math.inf
+    batch_pictures: int = 0  # of the pass that it runs in, its own among them
     number: int = field(default_factory=itertools.count(1).__next__)  # first come, first served
     admitted: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -63,16 +67,19 @@ class Job:
         spent, progress = time.monotonic() - self.started, self.progress
         if progress is not None and progress.stage == "denoise" and progress.step:
             return max(0.0, spent / progress.step * (progress.total - progress.step))
-        return max(0.0, self.cost - spent)
+        return max(0.0, self.cost * max(1.0, self.batch_pictures / self.request.n) - spent)
 
 
 class Scheduler:
-    """One request on the device at a time; the next starts while the last one's result is encoded."""
+    """One batch on the device at a time, of one request unless MAX_BATCH_SIZE says otherwise; the next starts while
+    the last one's results are encoded."""
 
-    def __init__(self, engine: EngineClient, max_queue_size: int, max_queue_seconds: float) -> None:
+    def __init__(self, engine: EngineClient, settings: Settings) -> None:
         self._engine = engine
-        self._max_queue_size = max_queue_size
-        self._max_queue_seconds = max_queue_seconds
+        self._max_queue_size = settings.max_queue_size
+        self._max_queue_seconds = float(settings.max_queue_seconds)
+        self._max_batch_size = settings.max_batch_size
+        self._max_batch_wait = settings.max_batch_wait_ms / 1000
         self._waiting: deque[Job] = deque()
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], Job] = {}
@@ -81,6 +88,7 @@ class Scheduler:
         self._largest: GenerationRequest | None = None
         self.costs = CostModel()
         self.on_advance: Callable[[str, int], None] = lambda stage, steps: None
+        self.on_batch: Callable[[int], None] = lambda pictures: None
         self.draining = False
 
     @property
@@ -89,7 +97,7 @@ class Scheduler:
 
     def wait_seconds(self) -> float:
         """Predicted seconds until a request that came now would start."""
-        running = sum(job.left() for job in self._running.values() if not job.result.done())
+        running = max((job.left() for job in self._running.values() if not job.result.done()), default=0.0)
         return running + sum(job.cost for job in self._waiting) + sum(self._promised)
 
     @contextlib.contextmanager
@@ -124,26 +132,34 @@ class Scheduler:
             for cost in costs:
                 self._promised.remove(cost)
 
-    def enqueue(self, requests: list[GenerationRequest], request_id: str) -> list[Job]:
-        """Jobs for requests that were admitted; to be called inside `admit`."""
+    def enqueue(
+        self,
+        requests: list[GenerationRequest],
+        request_id: str,
+        batch_key: Callable[[GenerationRequest], GenerationRequest | None],
+        deadline: float = math.inf,
+    ) -> list[Job]:
+        """Jobs for requests that were admitted; to be called inside `admit`. Jobs of equal keys may run together.
+        `deadline` is on the monotonic clock."""
         loop = asyncio.get_running_loop()
         jobs = []
         for i, request in enumerate(requests):
             name = request_id if len(requests) == 1 else f"{request_id}-{i}"
             cost, trace = self.costs.predict(request), trace_id.get() or None
-            jobs.append(Job(request, request_id, name, loop.create_future(), cost, trace))
+            key = batch_key(request) if self._max_batch_size > 1 else None
+            jobs.append(Job(request, request_id, name, loop.create_future(), cost, trace, key, deadline))
         self._waiting.extend(jobs)
         self._wake.set()
         return jobs
 
-    async def results(self, jobs: list[Job], seconds: float) -> list[GenerationResult]:
-        """The jobs' results, in order. When one fails, or `seconds` pass, or the caller is cancelled, the
-        rest are stopped.
+    async def results(self, jobs: list[Job], seconds: float, begun: float) -> list[GenerationResult]:
+        """The jobs' results, in order. When one fails, or `seconds` have passed since `begun`, or the caller is
+        cancelled, the rest are stopped.
 
         Raises DeadlineExceeded, NotReady and what the engine raises.
         """
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(begun + seconds - time.monotonic()):
                 return list(await asyncio.gather(*(job.result for job in jobs)))
         except TimeoutError:
             for job in jobs:
@@ -175,6 +191,7 @@ class Scheduler:
             self._engine.cancel(job.ticket)  # nothing for one that has left the engine
         if job in self._waiting:  # remove() alone would put the job's repr, its pictures in it, into an error
             self._waiting.remove(job)
+        self._wake.set()  # for whom it kept waiting
         if job.ended is None:
             job.ended = time.monotonic()
             self._finished.append(self.describe(job))
@@ -186,23 +203,62 @@ class Scheduler:
                 self._wake.clear()
                 await self._wake.wait()
             await self._engine.ready.wait()
-            if not self._waiting:  # cancelled while the engine came up
+            await self._company()
+            batch = self._next_batch()
+            if not batch:  # cancelled or aborted while it waited
                 continue
-            job = self._waiting.popleft()
-            if job.result.done():  # aborted while it waited
-                continue
+            pictures = sum(job.request.n for job in batch)
+            rows = min(pictures, self._max_batch_size) if batch[0].batch_key and not batch[0].attempts else 1
+            orders = [Order(job.request, self._on_progress(job), job.request_id) for job in batch]
+            step_seconds = max(self.costs.step(job.request) for job in batch) * rows
             try:
-                job.ticket = ticket = self._engine.submit(
-                    job.request, self._on_progress(job), job.request_id, self.costs.step(job.request)
-                )
-            except NotReady:  # the engine died between the two lines
-                self._waiting.appendleft(job)
+                tickets = self._engine.submit(orders, rows, step_seconds)
+            except NotReady:  # the engine died meanwhile
+                self._waiting.extendleft(reversed(batch))
                 continue
-            job.started, job.attempts = time.monotonic(), job.attempts + 1
-            task = asyncio.create_task(self._deliver(job, ticket))
-            self._running[task] = job
-            task.add_done_callback(lambda task: self._running.pop(task, None))
-            await ticket.device_free.wait()
+            self.on_batch(rows)
+            for job, ticket in zip(batch, tickets, strict=True):
+                job.ticket, job.started, job.attempts = ticket, time.monotonic(), job.attempts + 1
+                job.batch_pictures = pictures
+                task = asyncio.create_task(self._deliver(job, ticket))
+                self._running[task] = job
+                task.add_done_callback(lambda task: self._running.pop(task, None))
+            for ticket in tickets:
+                await ticket.device_free.wait()
+
+    async def _company(self) -> None:
+        """Let the first of the queue wait for others to run with, MAX_BATCH_WAIT_MS after it came at most, and for
+        half of the time that its deadline leaves."""
+        while self._waiting and (first := self._waiting[0]).batch_key is not None and not first.attempts:
+            spare = max(0.0, first.deadline - first.admitted - first.cost) / 2
+            left = first.admitted + min(self._max_batch_wait, spare) - time.monotonic()
+            if self.draining or left <= 0 or sum(job.request.n for job in self._mates(first)) >= self._max_batch_size:
+                return
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), left)
+
+    def _next_batch(self) -> list[Job]:
+        """Take the first of the queue and what may run with it. Nobody's place changes but that of its company."""
+        while self._waiting and self._waiting[0].result.done():
+            self._waiting.popleft()
+        if not self._waiting:
+            return []
+        batch = self._mates(self._waiting[0])
+        self._waiting = deque(job for job in self._waiting if job not in batch)
+        return batch
+
+    def _mates(self, first: Job) -> list[Job]:
+        """`first` and the waiting jobs that fit into one pass with it, in order. One that has seen an engine die
+        runs alone."""
+        batch, room = [first], self._max_batch_size - first.request.n
+        if first.batch_key is None or first.attempts:
+            return batch
+        for job in itertools.islice(self._waiting, 1, None):
+            if job.request.n <= room and job.batch_key == first.batch_key and not (job.attempts or job.result.done()):
+                batch.append(job)
+                room -= job.request.n
+        return batch
 
     def _on_progress(self, job: Job) -> Any:
         def advanced(progress: Progress) -> None:
@@ -234,7 +290,8 @@ class Scheduler:
             if not job.result.done():
                 job.result.set_exception(error)
         else:
-            self.costs.learn(job.request, result.timings)
+            share = job.request.n / max(job.request.n, result.batched)
+            self.costs.learn(job.request, {stage: seconds * share for stage, seconds in result.timings.items()})
             if self._largest is None or area(job.request) > area(self._largest):
                 self._largest = job.request
             if not job.result.done():
@@ -267,8 +324,8 @@ class Scheduler:
         }
         if job.state == QUEUED:
             before = [other for other in self._waiting if other.number < job.number]
-            running = [other for other in self._running.values() if not other.result.done()]
-            ahead = sum(other.left() for other in [*before, *running])
+            running = [other.left() for other in self._running.values() if not other.result.done()]
+            ahead = sum(other.left() for other in before) + max(running, default=0.0)
             told["position"] = len(before) + 1
         if job.state in (QUEUED, RUNNING):
             told |= {**progress_fields(job), "eta_seconds": round(ahead + job.left(), 3)}
@@ -284,9 +341,12 @@ class Scheduler:
     async def drain(self) -> None:
         """Refuse new work and return when everything admitted is delivered."""
         self.draining = True
-        while jobs := self._active():
-            await asyncio.wait([job.result for job in jobs])
-            await asyncio.sleep(0)  # lets the finished deliveries leave the books
+        self._wake.set()
+        while (jobs := self._active()) or self._promised:
+            if results := [job.result for job in jobs if not job.result.done()]:
+                await asyncio.wait(results)
+            # Lets deliveries leave the books, cancelled forwards end, and pictures that are being decoded become jobs.
+            await asyncio.sleep(0.02)
 
     def abort(self, message: str) -> None:
         """Tell everybody who still waits that it is over."""

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from runtime.errors import StartupError, shown
 from runtime.families.base import Limits
+from runtime.storage.options import StorageOptions
 
 
 def _tristate(value: Any) -> Any:
@@ -38,6 +39,9 @@ def _path_segment(value: str) -> str:
     return value
 
 
+# field -> variables of other programs that mean the same
+ALSO_READ = {"aws_anonymous": ("awsAnonymousCredential",), "hf_hub_offline": ("TRANSFORMERS_OFFLINE",)}
+
 Tristate = Annotated[Literal["auto", "true", "false"], BeforeValidator(_tristate)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
@@ -50,12 +54,43 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # The model
-    model_id: str = Field("/mnt/models", description="What to serve: a folder, or a file:// URL of one.")
+    model_id: str = Field(
+        "/mnt/models", description="What to serve: a folder, file://, pvc://, s3://, hf:// or a Hub id (owner/model)."
+    )
     model_path: str | None = Field(None, description="Another name of MODEL_ID; both set and different is an error.")
     model_name: Annotated[str, AfterValidator(_path_segment)] = Field(
         "model", description="The model's name in URLs and in requests."
     )
     model_aliases: Names = Field(("model",), description="Further names that requests may use, separated by commas.")
+
+    # Where the model comes from
+    cache_dir: str | None = Field(
+        None, description="Folder for copies of remote models, a volume at best; unset, one of the container's own."
+    )
+    load_mode: Annotated[Literal["auto", "cached", "stream"], BeforeValidator(_lower)] = Field(
+        "auto", description="Remote weights by way of CACHE_DIR, or streamed to the device."
+    )
+    download_threads: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="Ranges that are read at once; each has a buffer of 16 MiB."
+    )
+    aws_s3_endpoint: str | None = Field(None, description="URL of the S3 store, as OpenShift AI's connections set it.")
+    aws_endpoint_url: str | None = Field(None, description="URL of the S3 store, as AWS's own tools read it.")
+    s3_endpoint: str | None = Field(None, description="Host of the S3 store, as KServe's Secrets set it.")
+    aws_s3_bucket: str | None = Field(None, description="Bucket of s3:///prefix.")
+    aws_default_region: str | None = Field(None, description="Region of the S3 store.")
+    s3_use_https: bool = Field(True, description="Whether an S3 endpoint without a scheme speaks HTTPS.")
+    s3_verify_ssl: bool = Field(True, description="Check the S3 store's certificate.")
+    aws_ca_bundle: str | None = Field(None, description="File with the authorities of the S3 store's certificate.")
+    aws_anonymous: bool = Field(False, description="Read the bucket without credentials.")
+    storage_config: SecretStr | None = Field(
+        None, description="JSON of KServe's storage-config Secret; wins over the S3 settings above."
+    )
+    storage_override_config: SecretStr | None = Field(
+        None, description="JSON of storage.parameters; wins over STORAGE_CONFIG."
+    )
+    hf_hub_offline: bool = Field(False, description="Never ask the Hub; take what is cached.")
+    hf_endpoint: str | None = Field(None, description="URL of the Hub or a mirror of it.")
+    hf_token: SecretStr | None = Field(None, description="Token for private and gated models of the Hub.")
 
     # How it is loaded and run
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], BeforeValidator(_lower)] = Field(
@@ -74,6 +109,12 @@ class Settings(BaseModel):
         0, ge=0, description="Threads of the engine's CPU arithmetic; 0 takes all CPUs of the container but one."
     )
     warmup: bool = Field(True, description="Make one small picture before READY.")
+    max_batch_size: Positive = Field(
+        1, description="Most compatible prompts that run together; above 1 a seed's bytes depend on its company."
+    )
+    max_batch_wait_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        50, description="Milliseconds that an idle device waits for company for a prompt that could run in a batch."
+    )
 
     # What a request may ask for; empty leaves the model family's own limit
     max_pixels: Positive | None = Field(None, description="Largest width x height of a result, in pixels.")
@@ -142,6 +183,28 @@ class Settings(BaseModel):
         return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
 
     @property
+    def storage(self) -> StorageOptions:
+        return StorageOptions(
+            cache_dir=self.cache_dir,
+            load_mode=self.load_mode,
+            threads=self.download_threads,
+            aws_endpoint_url=self.aws_endpoint_url,
+            aws_s3_endpoint=self.aws_s3_endpoint,
+            s3_endpoint=self.s3_endpoint,
+            bucket=self.aws_s3_bucket,
+            region=self.aws_default_region,
+            use_https=self.s3_use_https,
+            verify_ssl=self.s3_verify_ssl,
+            ca_bundle=self.aws_ca_bundle,
+            anonymous=self.aws_anonymous,
+            config=_revealed(self.storage_config),
+            override_config=_revealed(self.storage_override_config),
+            offline=self.hf_hub_offline,
+            hf_endpoint=self.hf_endpoint,
+            hf_token=_revealed(self.hf_token),
+        )
+
+    @property
     def optimizations(self) -> dict[str, str]:
         """Name of each optimization, without its ENABLE_, to auto, true or false."""
         return {
@@ -157,7 +220,8 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     flags = vars(_parser().parse_args(sys.argv[1:] if argv is None else argv))
     given: dict[str, tuple[str, str]] = {}  # field -> (how it was named, value)
     for name in Settings.model_fields:
-        variable = name.upper()
+        spellings = (name.upper(), *ALSO_READ.get(name, ()))
+        variable = next((v for v in spellings if environ.get(v, "").strip()), spellings[0])
         value = environ.get(variable, "").strip()
         # A Service called "http" makes Kubernetes inject HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
         if value and not (name.endswith("_port") and value.startswith("tcp://")):
@@ -185,6 +249,10 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with `changes` and without the keys, for the engine process."""
     return {**{name: value for name, value in os.environ.items() if name != "API_KEY"}, **changes}
+
+
+def _revealed(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret is not None else None
 
 
 def _one_line(value: str) -> str:

@@ -119,7 +119,7 @@ def _two_clips(first_class: Callable[..., Model]) -> dict[str, Any]:
     }
 
 
-def _t5_tokenizer() -> Tokenizer:
+def t5_tokenizer() -> Tokenizer:
     backend = _byte_bpe(["<pad>", "</s>", "<unk>", *_byte_symbols()])
     backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return transformers.PreTrainedTokenizerFast(
@@ -219,7 +219,7 @@ def _sdxl() -> Pipeline:
 def _sd3() -> Pipeline:
     return diffusers.StableDiffusion3Pipeline(
         **_two_clips(transformers.CLIPTextModelWithProjection),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
         text_encoder_3=_t5_encoder(),
         transformer=_transformer(
             diffusers.SD3Transformer2DModel,
@@ -238,7 +238,7 @@ def _flux() -> Pipeline:
     tokenizer = _clip_tokenizer()
     return diffusers.FluxPipeline(
         tokenizer=tokenizer,
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
         text_encoder=transformers.CLIPTextModel(_clip_config(tokenizer)),
         text_encoder_2=_t5_encoder(),
         transformer=_transformer(
@@ -258,11 +258,13 @@ def _flux() -> Pipeline:
 # --- GLM-Image ---
 
 
-def _glm_processor() -> Processor:
-    """Reads the prompt (and source pictures) for the token stage."""
-    codes = [f"<|dit_token_{i}|>" for i in range(GLM_VISION_VOCAB)]
+def glm_processor(
+    book: int = GLM_CODE_BOOK, vision_vocab: int = GLM_VISION_VOCAB, edges: tuple[int, int] = (64, 256)
+) -> Processor:
+    """Reads the prompt (and source pictures, resized between `edges`) for the token stage."""
+    codes = [f"<|dit_token_{i}|>" for i in range(vision_vocab)]
     image, grid_start, grid_end, pad = specials = ["<|image|>", "<sop>", "<eop>", "<|endoftext|>"]
-    start, end = codes[GLM_IMAGE_START], codes[GLM_IMAGE_END]
+    start, end = codes[book], codes[book + 1]
     backend = _byte_bpe([*codes, *specials, *_byte_symbols()])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -276,7 +278,7 @@ def _glm_processor() -> Processor:
     return transformers.GlmImageProcessor(
         # A source outside these bounds is resized for the tokens but not for the VAE, as with the real ones.
         transformers.GlmImageImageProcessorPil(
-            size={"shortest_edge": 64**2, "longest_edge": 256**2},
+            size={"shortest_edge": edges[0] ** 2, "longest_edge": edges[1] ** 2},
             patch_size=16,
             merge_size=1,
             temporal_patch_size=1,
@@ -343,7 +345,7 @@ def _glm_token_model(tokenizer: Tokenizer) -> Model:
 
 
 def _glm_image() -> Pipeline:
-    processor = _glm_processor()
+    processor = glm_processor()
     return diffusers.GlmImagePipeline(
         tokenizer=transformers.ByT5Tokenizer(model_max_length=2048),
         processor=processor,
@@ -386,7 +388,7 @@ def _wan_vae(z_dim: int, **config: Any) -> Model:
 
 def _wan_parts(vae: Model, flow_shift: float) -> dict[str, Any]:
     return {
-        "tokenizer": _t5_tokenizer(),
+        "tokenizer": t5_tokenizer(),
         "text_encoder": transformers.UMT5EncoderModel(transformers.UMT5Config(**_t5_sizes())),
         "vae": vae,
         "scheduler": diffusers.UniPCMultistepScheduler(

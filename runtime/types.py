@@ -72,7 +72,7 @@ class GenerationResult:
     """What a request gave. `timings` maps a stage's name to seconds.
 
     `engine_variant` names what else, beside the seed, may decide the bytes: device, dtype, library
-    versions and lossy options. `batched` counts the requests that ran together with this one.
+    versions and lossy options. `batched` is how many pictures were drawn in one pass, of this request and of others.
     """
 
     request: GenerationRequest
@@ -103,7 +103,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What the engine tells the server once the model is loaded.
+    """What the engine tells the server once the model is loaded. `source` is where it came from, without secrets,
+    `model_bytes` the size of its weights as loaded.
 
     `facts` are JSON values that the family's request half turns into limits and defaults;
     `defaults` come from the model folder's `generation_defaults.json`, where there is one.
@@ -114,6 +115,8 @@ class Capabilities:
     media: Media
     facts: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    source: str
+    model_bytes: int
     model_revision: str
     device: str
     dtypes: Mapping[str, str]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,6 +32,7 @@ from runtime.engine.messages import (
     FromEngine,
     Generate,
     Heartbeat,
+    Member,
     Memory,
     Ready,
     Stage,
@@ -46,6 +47,15 @@ LOADING, WARMING, READY, FAILED, UNLOADED = "loading", "warming", "ready", "fail
 WATCH_SECONDS = 1.0
 LOAD_PATIENCE = 600.0  # loading and compiling hold the interpreter lock, heartbeats with it, for a while
 STOP_SECONDS = 5.0  # an engine whose channel closed ends by itself; after this it is killed
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of the engine for one request."""
+
+    request: GenerationRequest
+    on_progress: Callable[[Progress], None]
+    request_id: str
 
 
 @dataclass(eq=False)
@@ -78,6 +88,7 @@ class EngineClient:
         self.reason = ""
         self.capabilities: Capabilities | None = None
         self.load_seconds: dict[str, float] = {}  # by stage of the last start
+        self.load_bytes = 0
         self._stage_begun = time.monotonic()
         self.warmup: tuple[GenerationRequest, Mapping[str, float]] | None = None
         self.memory = Memory()
@@ -92,7 +103,8 @@ class EngineClient:
     def describe(self) -> str:
         """The state in words, for readiness bodies and 503 messages."""
         if self.state in (LOADING, WARMING):
-            return f"{self.state}, {self.stage.fraction:.0%}"
+            detail = f": {self.stage.detail}" if self.stage.detail else ""
+            return f"{self.stage.name}, {self.stage.fraction:.0%}{detail}"
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
     # --- life
@@ -107,7 +119,7 @@ class EngineClient:
         self.state, self.stage, self.reason, self.capabilities = LOADING, Stage(LOADING, 0.0), "", None
         self._exited = asyncio.Event()
         self._heard = self._stage_begun = time.monotonic()
-        self.load_seconds = {}
+        self.load_seconds, self.load_bytes = {}, 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runtime.engine.worker", str(their_control.fileno()), str(their_media.fileno())],
             pass_fds=(their_control.fileno(), their_media.fileno()),
@@ -124,7 +136,7 @@ class EngineClient:
         s = self._settings
         self._outbox.put(
             Configure(
-                *(s.source, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup),
+                *(s.source, s.storage, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup),
                 *(s.log_level, s.log_format, restarted),
             )
         )
@@ -161,22 +173,23 @@ class EngineClient:
 
     # --- requests
 
-    def submit(
-        self,
-        request: GenerationRequest,
-        on_progress: Callable[[Progress], None],
-        request_id: str,
-        step_seconds: float,
-    ) -> Ticket:
-        """Send one request, whose steps should take `step_seconds`. Raises NotReady."""
+    def submit(self, orders: Sequence[Order], rows: int, step_seconds: float) -> list[Ticket]:
+        """Send requests to be drawn, `rows` pictures in one pass, a step of which should take `step_seconds`.
+
+        Raises NotReady.
+        """
         if self.state != READY:
             raise NotReady(f"the model is not ready ({self.describe()})", retry_after=5)
-        ticket = Ticket(next(self._jobs), request, on_progress, asyncio.get_running_loop().create_future())
-        ticket.patience = max(float(self._settings.engine_timeout), 10 * step_seconds)
-        self._tickets[ticket.job] = ticket
+        loop, patience = asyncio.get_running_loop(), max(float(self._settings.engine_timeout), 10 * step_seconds)
+        tickets = [
+            Ticket(next(self._jobs), order.request, order.on_progress, loop.create_future(), patience=patience)
+            for order in orders
+        ]
+        self._tickets |= {ticket.job: ticket for ticket in tickets}
         self._alive = time.monotonic()
-        self._outbox.put(Generate(ticket.job, request, request_id))
-        return ticket
+        members = zip(tickets, orders, strict=True)
+        self._outbox.put(Generate(tuple(Member(t.job, o.request, o.request_id) for t, o in members), rows))
+        return tickets
 
     def cancel(self, ticket: Ticket) -> None:
         """Ask the engine to stop the request; `device_free` is set when it has."""
@@ -213,6 +226,7 @@ class EngineClient:
                 if name != self.stage.name:
                     self._stage_ended()
                 self.stage = message
+                self.load_bytes = max(self.load_bytes, message.done_bytes)
                 self.state = message.name if message.name == WARMING else self.state
             case Heartbeat(activity):
                 self._heard = time.monotonic()
@@ -240,7 +254,8 @@ class EngineClient:
 
     def _stage_ended(self) -> None:
         now = time.monotonic()
-        self.load_seconds[self.stage.name] = now - self._stage_begun
+        spent = now - self._stage_begun
+        self.load_seconds[self.stage.name] = self.load_seconds.get(self.stage.name, 0.0) + spent
         self._stage_begun = now
 
     def _on_media(self, job: int, index: int, data: bytes) -> None:
@@ -259,7 +274,12 @@ class EngineClient:
             media = tuple(replace(item, data=ticket.parts.pop(i)) for i, item in enumerate(done.media))
             ticket.result.set_result(
                 GenerationResult(
-                    ticket.request, media, done.timings, capabilities.engine_variant, capabilities.model_revision
+                    ticket.request,
+                    media,
+                    done.timings,
+                    capabilities.engine_variant,
+                    capabilities.model_revision,
+                    done.batched,
                 )
             )
 

@@ -12,6 +12,8 @@ import torch
 from runtime.errors import Cancelled
 from runtime.types import Progress
 
+LONG_FORWARD_SECONDS = 0.05  # two shorter ones in flight still end within one forward and 100 ms
+
 
 class Context:
     """One generation's side of the engine. `timings` are seconds by stage, measured when the device is done."""
@@ -25,6 +27,8 @@ class Context:
         self._should_stop = should_stop
         self._on_progress = on_progress
         self._pending: Any = None  # event recorded one `advance` ago
+        self._begun: Any = None  # event that the last forward began with
+        self._begun_at = 0.0
         self.timings: dict[str, float] = {}
 
     def check(self) -> None:
@@ -32,6 +36,19 @@ class Context:
         Context.activity += 1
         if self._should_stop():
             raise Cancelled("the request was cancelled")
+
+    def before_forward(self) -> None:
+        """Raises Cancelled as `check`. The host runs ahead of the device, by at most one forward here, and not at all
+        where forwards are long: what is in flight at a cancel ends within one forward and 100 ms."""
+        if self._device.type == "cuda":
+            if self._begun is not None:
+                self._begun.synchronize()
+                length, self._begun_at = time.perf_counter() - self._begun_at, time.perf_counter()
+                if length > LONG_FORWARD_SECONDS:
+                    torch.cuda.current_stream().synchronize()
+            self._begun = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._begun.record()
+        self.check()
 
     def advance(self, stage: str, step: int, total: int) -> None:
         """Report a step. Work is enqueued ahead of the device: waiting for the step before this one keeps

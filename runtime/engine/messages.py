@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from runtime.storage.options import StorageOptions
 from runtime.types import Capabilities, GeneratedMedia, GenerationRequest, Progress
 
 MEDIA_HEADER = struct.Struct("!QIQ")  # job, index, bytes that follow
@@ -22,6 +23,7 @@ class Configure:
     """First message: what to load and how."""
 
     source: str
+    storage: StorageOptions
     device: str
     dtype: str
     optimizations: Mapping[str, str]
@@ -33,10 +35,20 @@ class Configure:
 
 
 @dataclass(frozen=True, slots=True)
-class Generate:
+class Member:
+    """One request of a batch."""
+
     job: int
     request: GenerationRequest
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Requests to draw, at most `rows` pictures in one pass; each is answered on its own."""
+
+    members: tuple[Member, ...]
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +67,13 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """How far the start is: loading or warming, and a fraction from 0 to 1."""
+    """How far the start is: downloading, loading or warming, a fraction from 0 to 1, what people read of it, and the
+    bytes that have come."""
 
     name: str
     fraction: float
+    detail: str = ""
+    done_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +114,14 @@ class DeviceFree:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The job succeeded. `media` lack their bytes: they come over the media channel, by index."""
+    """The job succeeded. `media` lack their bytes: they come over the media channel, by index. `batched` pictures
+    were drawn in one pass."""
 
     job: int
     media: tuple[GeneratedMedia, ...]
     timings: Mapping[str, float]
     memory: Memory
+    batched: int
 
 
 @dataclass(frozen=True, slots=True)

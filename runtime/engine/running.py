@@ -34,7 +34,7 @@ class Hooks:
     def _before_forward(self, denoiser: bool) -> None:
         if self.context is None:
             return
-        self.context.check()
+        self.context.before_forward()
         if denoiser and self.first_forward is None:
             self.context.synchronize()
             self.first_forward = time.perf_counter()

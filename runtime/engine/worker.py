@@ -19,11 +19,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from runtime.engine.messages import (
     MEDIA_HEADER,
@@ -37,16 +39,28 @@ from runtime.engine.messages import (
     FromEngine,
     Generate,
     Heartbeat,
+    Member,
     Memory,
     Ready,
     Stage,
 )
-from runtime.errors import DiffusionError, StartupError
+from runtime.errors import Cancelled, DiffusionError, StartupError
 from runtime.logs import configure, log, request_id, unexpected
-from runtime.types import DEFAULTS_FILE, Capabilities, GeneratedMedia, GenerationRequest
+from runtime.types import DEFAULTS_FILE, Capabilities, GeneratedMedia, GenerationRequest, Progress
+
+if TYPE_CHECKING:
+    from runtime.storage.source import Source
+    from runtime.streaming import Stream
 
 PR_SET_PDEATHSIG = 1
 HEARTBEAT_SECONDS = 1.0
+# What torch's class for it does not cover.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 DEVICE_MEMORY_SECONDS = 30.0
 
 
@@ -57,7 +71,7 @@ class Engine:
         self._control, self._media, self._configuration = control, media, configuration
         self._send_lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Generate] = queue.SimpleQueue()
-        self._cancelled: set[int] = set()
+        self._cancelled: dict[int, float] = {}  # job → when the cancel came
         self._encoder = ThreadPoolExecutor(1, "encoder")
 
     def send(self, message: FromEngine) -> None:
@@ -82,11 +96,14 @@ class Engine:
 
     def _load(self) -> None:
         configuration = self._configuration
-        from runtime.storage.registry import resolve
+        from runtime.storage.registry import open_source
 
-        folder = resolve(configuration.source)
-        if not (folder / "model_index.json").is_file():  # before the seconds that importing torch takes
-            raise StartupError(f"{folder} holds no pipeline: it has no model_index.json")
+        model = open_source(configuration.source, configuration.storage)
+        # Before the seconds that importing torch takes:
+        if not isinstance(model, Path):
+            model.files()
+        elif not (model / "model_index.json").is_file():
+            raise StartupError(f"{model} holds no pipeline: it has no model_index.json")
         import diffusers
         import torch
         import transformers
@@ -96,17 +113,44 @@ class Engine:
             library.set_verbosity_error()  # what they warn of at import is not about this model
             library.disable_default_handler()
             library.enable_propagation()  # into our one format
-        from runtime.families import registry
-        from runtime.pipeline_loader import load_pipeline
+        from runtime.device_manager import detect_device
+        from runtime.storage.source import Changed
+        from runtime.streaming import load_folder, load_remote
 
         if configuration.restarted:
             _await_device_memory()
+        if isinstance(model, Path):
+            device = detect_device(configuration.device).type
+            set_up = partial(self._set_up, str(model), None)
+            load_folder(model, configuration.storage, device, self._read, set_up)
+            return
+        for last in (False, True):
+            source = cast("Source", model)
+            try:
+                load_remote(
+                    source, configuration.storage, self._downloaded, partial(self._set_up, source.uri, source.revision)
+                )
+            except Changed as changed:
+                if last:
+                    raise
+                log(logging.WARNING, f"{changed}: starting again")
+                model = open_source(configuration.source, configuration.storage)
+            else:
+                return
+
+    def _set_up(self, source: str, revision: str | None, folder: Path, stream: Stream | None) -> None:
+        """Load the pipeline of a folder, or of a stream, draw once, and tell the server what there is."""
+        from runtime.families import registry
+        from runtime.pipeline_loader import load_pipeline
+
+        configuration = self._configuration
         loaded = load_pipeline(
             folder,
             configuration.device,
             configuration.dtype,
             configuration.optimizations,
             lambda name, fraction: self.send(Stage(name, fraction)),
+            stream,
         )
         self._pipeline, self._device = loaded.pipeline, loaded.device.torch
         family = registry.family_of(type(loaded.pipeline).__name__)
@@ -118,7 +162,7 @@ class Engine:
             self.send(Stage("warming", 0.0))
             begun = time.monotonic()
             first = half.warmup(facts)
-            warmup = (first, self._draw(first, 0, lambda: False, lambda _: None)[1])
+            warmup = (first, self._draw([(first, 0)], lambda: False, lambda _: None)[1])
             log(logging.INFO, "warmed up", seconds=round(time.monotonic() - begun, 2))
         self.send(
             Ready(
@@ -128,16 +172,28 @@ class Engine:
                     media="video" if facts["video"] else "image",
                     facts=facts,
                     defaults=_defaults(folder),
-                    model_revision=loaded.revision,
+                    source=source,
+                    model_bytes=loaded.model_bytes,
+                    model_revision=revision or loaded.revision,
                     device=loaded.device.name,
                     dtypes=loaded.dtypes,
                     optimizations=loaded.optimizations,
-                    engine_variant=_variant(loaded, configuration.cpu_threads),
+                    engine_variant=_variant(
+                        loaded, getattr(self._runner, "variant", "stock"), configuration.cpu_threads
+                    ),
                 ),
                 warmup,
                 _memory(),
             )
         )
+
+    def _read(self, progress: Any) -> None:
+        """Of a folder's files."""
+        self.send(Stage("loading", progress.done_bytes / max(progress.total_bytes, 1), str(progress)))
+
+    def _downloaded(self, progress: Any) -> None:
+        fraction = progress.done_bytes / max(progress.total_bytes, 1)
+        self.send(Stage("downloading", fraction, str(progress), progress.done_bytes))
 
     # --- work
 
@@ -149,7 +205,7 @@ class Engine:
                 if isinstance(message, Generate):
                     self._jobs.put(message)
                 elif isinstance(message, Cancel):
-                    self._cancelled.add(message.job)
+                    self._cancelled[message.job] = time.monotonic()
         end_process_group()
 
     def beat(self) -> None:
@@ -166,69 +222,113 @@ class Engine:
     def work(self) -> None:
         while True:
             message = self._jobs.get()
-            request_id.set(message.request_id)
-            try:
-                drawn, timings = self._generate(message)
-            except Exception as error:
-                if _device_is_lost(error):  # nothing this process does on the device will work again
-                    log(logging.ERROR, "the device is lost; the engine ends", exc_info=error)
-                    end_process_group()
-                self.send(_failed(message, error))
-            else:
-                self.send(DeviceFree(message.job))
-                self._encoder.submit(self._deliver, message, drawn, timings)
-            self._cancelled.discard(message.job)
+            self._answer(message.members, message.rows)
+            for member in message.members:
+                self._cancelled.pop(member.job, None)
 
-    def _generate(self, message: Generate) -> tuple[list[Any], dict[str, float]]:
-        """What the pipeline gave for each seed, and seconds by stage."""
-        request = message.request
+    def _answer(self, members: tuple[Member, ...], rows: int) -> None:
+        """Draw for the members, `rows` pictures in one pass. A pass that fails is drawn again one by one: only the
+        member to blame fails."""
+        request_id.set(members[0].request_id)
+        try:
+            drawn, timings, batched = self._generate(members, rows)
+        except Exception as error:
+            if _device_is_lost(error):  # nothing this process does on the device will work again
+                log(logging.ERROR, "the device is lost; the engine ends", exc_info=error)
+                end_process_group()
+            if isinstance(error, Cancelled):
+                self._log_stop(members)
+            if isinstance(error, Cancelled) or rows == 1 or sum(member.request.n for member in members) == 1:
+                for member in members:
+                    self.send(_failed(member, error))
+                return
+            log(logging.WARNING, "a batch failed; its pictures are drawn one by one", error=_first_line(error))
+            if _is_out_of_memory(error):
+                _release(error)
+        else:
+            for member in members:
+                self.send(DeviceFree(member.job))
+            for member in members:
+                own = [drawn.pop(0) for _ in range(member.request.n)]
+                if member.job in self._cancelled:
+                    self._log_stop((member,))
+                    self.send(_failed(member, Cancelled("the request was cancelled")))
+                else:
+                    self._encoder.submit(self._deliver, member, own, dict(timings), batched)
+            return
+        for member in members:
+            self._answer((member,), 1)
+
+    def _log_stop(self, members: tuple[Member, ...]) -> None:
+        """Tell how long after the last member's cancel the device is idle."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        came = [self._cancelled[member.job] for member in members if member.job in self._cancelled]
+        if came:
+            now = time.monotonic()
+            log(logging.INFO, "stopped", seconds=round(now - max(came), 4), idle_at=round(now, 4))
+
+    def _generate(self, members: tuple[Member, ...], most: int) -> tuple[list[Any], dict[str, float], int]:
+        """What the pipeline gave for each member's seeds, seconds by stage, and the pictures of the largest pass."""
+        rows = [(member.request, seed) for member in members for seed in member.request.seeds]
+        passes = [rows[i : i + most] for i in range(0, len(rows), most)]
         drawn: list[Any] = []
         timings: dict[str, float] = {}
-        for i, seed in enumerate(request.seeds):
+        for i, rows in enumerate(passes):
 
-            def advanced(progress: Any, i: int = i) -> None:
-                whole = replace(progress, step=i * progress.total + progress.step, total=request.n * progress.total)
-                self.send(Advanced(message.job, whole))
+            def advanced(progress: Progress, i: int = i) -> None:
+                step, total = i * progress.total + progress.step, len(passes) * progress.total
+                for member in members:
+                    self.send(Advanced(member.job, replace(progress, step=step, total=total)))
 
-            picture, own = self._draw(request, seed, lambda: message.job in self._cancelled, advanced)
-            drawn.append(picture)
+            pictures, own = self._draw(rows, lambda: all(m.job in self._cancelled for m in members), advanced)
+            drawn += pictures
             for stage, seconds in own.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
-        return drawn, timings
+        return drawn, timings, len(passes[0])
 
     def _draw(
-        self, request: GenerationRequest, seed: int, should_stop: Any, on_progress: Any
-    ) -> tuple[Any, dict[str, float]]:
+        self,
+        rows: list[tuple[GenerationRequest, int]],
+        should_stop: Callable[[], bool],
+        on_progress: Callable[[Progress], None],
+    ) -> tuple[list[Any], dict[str, float]]:
+        """One pass: a picture or video for each request and seed."""
         from runtime.engine.context import Context
         from runtime.engine.running import clean, isolated_random_state
 
         context = Context(self._device, should_stop, on_progress)
         context.check()
         try:
-            with isolated_random_state(seed, self._device):
-                return self._runner.run(request, seed, context), context.timings
+            with isolated_random_state(rows[0][1], self._device):
+                drawn = (
+                    [self._runner.run(*rows[0], context)] if len(rows) == 1 else self._runner.run_batch(rows, context)
+                )
+                return drawn, context.timings
         finally:
             clean(self._pipeline)
 
-    def _deliver(self, message: Generate, drawn: list[Any], timings: dict[str, float]) -> None:
+    def _deliver(self, member: Member, drawn: list[Any], timings: dict[str, float], batched: int) -> None:
         """Encode and send one job's results; runs on the encoder's thread."""
-        request_id.set(message.request_id)
+        request_id.set(member.request_id)
         try:
             begun = time.perf_counter()
             media = [
-                _encoded(message.request, seed, picture)
-                for seed, picture in zip(message.request.seeds, drawn, strict=True)
+                _encoded(member.request, seed, picture)
+                for seed, picture in zip(member.request.seeds, drawn, strict=True)
             ]
             timings["encode"] = time.perf_counter() - begun
             told = tuple(replace(item, data=b"") for item in media)
-            self.send(Done(message.job, told, timings, _memory()))
+            self.send(Done(member.job, told, timings, _memory(), batched))
             for index, item in enumerate(media):
-                self._media.sendall(MEDIA_HEADER.pack(message.job, index, len(item.data)))
+                self._media.sendall(MEDIA_HEADER.pack(member.job, index, len(item.data)))
                 self._media.sendall(item.data)
         except OSError:  # the server is gone
             end_process_group()
         except Exception as error:
-            self.send(_failed(message, error))
+            self.send(_failed(member, error))
 
 
 def _encoded(request: GenerationRequest, seed: int, picture: Any) -> GeneratedMedia:
@@ -243,30 +343,39 @@ def _encoded(request: GenerationRequest, seed: int, picture: Any) -> GeneratedMe
     return GeneratedMedia(data, "mp4", width, height, seed, count, fps)
 
 
-def _failed(message: Generate, error: Exception) -> Failed:
+def _failed(member: Member, error: Exception) -> Failed:
     """The error as the server hears it: ours by name, the device's memory as such, anything else logged."""
+    if isinstance(error, DiffusionError):
+        return Failed(member.job, type(error).__name__, str(error))
+    if _is_out_of_memory(error):
+        log(logging.WARNING, "out of memory", error=_first_line(error))
+        _release(error)
+        request = member.request
+        size = f"{request.width} x {request.height}" + (f" x {request.num_frames} frames" if request.num_frames else "")
+        return Failed(member.job, "OutOfMemory", f"{size} does not fit in the device's memory; ask for less")
+    return Failed(member.job, "GenerationFailed", unexpected(error, member.request_id))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _release(error: Exception) -> None:
+    """Give the memory back that a failed generation held."""
     import torch
 
-    if isinstance(error, DiffusionError):
-        return Failed(message.job, type(error).__name__, str(error))
-    if _is_out_of_memory(error):
-        log(logging.WARNING, "out of memory", error=str(error).splitlines()[0] if str(error) else None)
-        error.__traceback__ = None  # its frames hold the tensors
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        request = message.request
-        size = f"{request.width} x {request.height}" + (f" x {request.num_frames} frames" if request.num_frames else "")
-        return Failed(message.job, "OutOfMemory", f"{size} does not fit in the device's memory; ask for less")
-    return Failed(message.job, "GenerationFailed", unexpected(error, message.request_id))
+    error.__traceback__ = None  # its frames hold the tensors
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it, the CPU allocator has words."""
+    """CUDA has a class for it; the CPU's allocator and CUDA's libraries have words."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 
@@ -308,7 +417,7 @@ def _defaults(folder: Path) -> dict[str, Any]:
     return defaults
 
 
-def _variant(loaded: Any, cpu_threads: int) -> str:
+def _variant(loaded: Any, path: str, cpu_threads: int) -> str:
     """What else, beside the request, may decide a result's bytes."""
     import diffusers
     import torch
@@ -318,7 +427,7 @@ def _variant(loaded: Any, cpu_threads: int) -> str:
     dtypes = ",".join(sorted(set(loaded.dtypes.values())))
     lossy = [name for name in ("vae_tiling",) if loaded.optimizations.get(name, "").startswith("on")]
     parts = [
-        "stock",
+        path,
         f"torch {torch.__version__}",
         f"diffusers {diffusers.__version__}",
         f"transformers {transformers.__version__}",

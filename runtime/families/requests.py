@@ -109,6 +109,11 @@ class RequestChecker:
         """What `complete` gives, with stand-ins for the source pictures: cheap, and enough to predict the cost."""
         return self._completed(values, tuple(SourceImage(512, 512, b"") for _ in values.get("images") or ()))
 
+    def batch_key(self, request: GenerationRequest) -> GenerationRequest | None:
+        """Requests with equal keys may run together; None runs alone."""
+        key: GenerationRequest | None = self._half.batch_key(request, self._rules[0])
+        return key
+
     def complete(self, values: dict[str, Any]) -> GenerationRequest:
         """Decode the pictures and apply the family's rules between fields."""
         pictures = values.get("images") or []

@@ -44,9 +44,9 @@ VARINT, FIXED64 = 0, 1  # protobuf wire types
 RAW_OUTPUT_TAG = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 
 
-def parameter_value(parameter: Any) -> Any:
-    """A parameter's value. KServe's proto lacks the protocol's double_param (4) and uint64_param (5):
-    they arrive as unknown fields."""
+def parameter_value(name: str, parameter: Any) -> Any:
+    """A parameter's value; None where it has none. KServe's proto lacks the protocol's double_param (4) and
+    uint64_param (5): they arrive as unknown fields. Raises InvalidRequest for any other."""
     choice = parameter.WhichOneof("parameter_choice")
     if choice is not None:
         return getattr(parameter, choice)
@@ -55,6 +55,7 @@ def parameter_value(parameter: Any) -> Any:
             return struct.unpack("<d", struct.pack("<Q", unknown.data))[0]
         if (unknown.field_number, unknown.wire_type) == (5, VARINT):
             return unknown.data
+        raise InvalidRequest(f"{shown(name)}: field {unknown.field_number} is no kind of parameter of the v2 protocol")
     return None
 
 
@@ -86,7 +87,7 @@ def infer_request(message: pb.ModelInferRequest) -> InferRequest:
         infer_inputs=inputs,
         request_id=message.id or None,
         from_grpc=True,
-        parameters={name: parameter_value(p) for name, p in message.parameters.items()},
+        parameters={name: parameter_value(name, p) for name, p in message.parameters.items()},
         request_outputs=[RequestedOutput(output.name) for output in message.outputs] or None,
     )
     request._use_raw_outputs = bool(raw)

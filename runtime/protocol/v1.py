@@ -5,11 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.errors import InvalidRequest, shown
-from runtime.families.base import normalise
+from runtime.families.base import COMMON, normalise
 from runtime.protocol.wire import Base64
 from runtime.types import Estimate, GeneratedMedia, GenerationRequest, GenerationResult
 
 FIELDS = ("instances", "parameters")
+
+_FIELD = {
+    "type": "object",
+    # A picture is a string or a list of strings; a model may have further fields of its own.
+    "properties": {
+        p.name: {"description": p.description} | ({} if p.kind == "image" else {"type": p.kind})
+        for p in COMMON.values()
+    },
+}
+# The request's JSON schema, for the OpenAPI document.
+SCHEMA = {
+    "type": "object",
+    "properties": {"instances": {"type": "array", "items": _FIELD, "minItems": 1}, "parameters": _FIELD},
+    "required": ["instances"],
+    "additionalProperties": False,
+}
 
 
 def decode(payload: Any, max_instances: int) -> list[dict[str, Any]]:

@@ -190,6 +190,41 @@ def decimals(values: Any) -> list[float]:
     return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
 
 
+_PARAMETERS = {"type": "object", "additionalProperties": {"type": ["boolean", "string", "number"]}}
+# The request's JSON schema, for the OpenAPI document.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "inputs": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                    "datatype": {"enum": ["BYTES", *NUMPY_TYPES]},
+                    "parameters": _PARAMETERS,
+                    "data": {"type": "array"},
+                },
+                "required": ["name", "shape", "datatype"],
+            },
+        },
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "parameters": _PARAMETERS},
+                "required": ["name"],
+            },
+        },
+    },
+    "required": ["inputs"],
+}
+
+
 def rest_request(body: bytes, json_length: str | None, model_name: str) -> InferRequest:
     """A REST body as an InferRequest; `json_length` is the header Inference-Header-Content-Length.
 

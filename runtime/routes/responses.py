@@ -52,3 +52,8 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     response = Chunked(pieces(value), "application/json", headers)
     response.status_code = status
     return response
+
+
+def json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    """A route's `openapi_extra` for a body that it reads itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

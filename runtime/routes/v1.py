@@ -7,8 +7,9 @@ from kserve.model_repository import ModelRepository
 
 from runtime.errors import NotImplementedHere, NotReady
 from runtime.model import find_model
+from runtime.protocol import v1
 from runtime.protocol.wire import parse
-from runtime.routes.responses import json_response
+from runtime.routes.responses import json_body, json_response
 
 
 def router(repository: ModelRepository) -> APIRouter:
@@ -25,7 +26,7 @@ def router(repository: ModelRepository) -> APIRouter:
             raise NotReady(f"the model is not ready ({model.describe()})", retry_after=5)
         return json_response({"name": model.name, "ready": True})
 
-    @routes.post("/v1/models/{model_name}:predict")
+    @routes.post("/v1/models/{model_name}:predict", openapi_extra=json_body(v1.SCHEMA))
     async def predict(model_name: str, request: Request) -> Response:
         model = find_model(repository, model_name)
         _ = model.checker  # 503 before the body is read

@@ -11,7 +11,7 @@ from kserve.model_repository import ModelRepository
 from runtime.model import DiffusionModel, find_model
 from runtime.protocol import v2
 from runtime.protocol.wire import parse
-from runtime.routes.responses import Chunked, json_response
+from runtime.routes.responses import Chunked, json_body, json_response
 
 JSON_LENGTH = "inference-header-content-length"
 
@@ -43,21 +43,21 @@ def router(repository: ModelRepository) -> APIRouter:
 
     @routes.get("/models/{model_name}")
     @routes.get("/models/{model_name}/versions/{model_version}", include_in_schema=False)
-    async def model_metadata(model_name: str, model_version: str = "") -> Response:
-        return json_response(find_model(repository, model_name, model_version).metadata())
+    async def model_metadata(model_name: str, request: Request) -> Response:
+        return json_response(find_model(repository, model_name, _version(request)).metadata())
 
     @routes.get("/models/{model_name}/ready")
     @routes.get("/models/{model_name}/versions/{model_version}/ready", include_in_schema=False)
-    async def model_ready(model_name: str, model_version: str = "") -> Response:
-        model = find_model(repository, model_name, model_version)
+    async def model_ready(model_name: str, request: Request) -> Response:
+        model = find_model(repository, model_name, _version(request))
         if not await model.healthy():
             return json_response({"name": model.name, "ready": False, "error": model.describe()}, 503)
         return json_response({"name": model.name, "ready": True})
 
-    @routes.post("/models/{model_name}/infer")
+    @routes.post("/models/{model_name}/infer", openapi_extra=json_body(v2.SCHEMA))
     @routes.post("/models/{model_name}/versions/{model_version}/infer", include_in_schema=False)
-    async def infer(model_name: str, request: Request, model_version: str = "") -> Response:
-        model = find_model(repository, model_name, model_version)
+    async def infer(model_name: str, request: Request) -> Response:
+        model = find_model(repository, model_name, _version(request))
         _ = model.checker  # 503 before the body is read
         body = await request.body()
         decoded = v2.rest_request(body, request.headers.get(JSON_LENGTH), model.name)
@@ -96,3 +96,8 @@ def router(repository: ModelRepository) -> APIRouter:
         return json_response({"name": model.name, "unload": True})
 
     return routes
+
+
+def _version(request: Request) -> str:
+    """The version in the path; a query parameter of that name means nothing."""
+    return str(request.path_params.get("model_version", ""))

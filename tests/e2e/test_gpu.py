@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import av
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import Serve, Server
 
@@ -85,6 +90,33 @@ def test_offload_changes_nothing_but_memory(serve: Serve, case: str, offload: st
     first = pixels(offloaded, fields)
     assert difference(first, pixels(whole, fields)) < 0.01
     assert np.array_equal(first, pixels(offloaded, fields))
+
+
+def test_a_poisoned_context_is_replaced(start: Callable[..., Server], tiny_models: Path, tmp_path: Path) -> None:
+    """A prompt with tokens beyond the embedding: an assert on the device, the end of the process's CUDA context."""
+    folder = tmp_path / "flux"
+    shutil.copytree(tiny_models / "flux", folder)
+    home = folder / "text_encoder_2"
+    config = json.loads((home / "config.json").read_text())
+    (home / "config.json").write_text(json.dumps({**config, "vocab_size": 110}))  # the ids of ASCII's letters
+    weights = load_file(home / "model.safetensors")
+    cut = {
+        name: value[:110].clone() if value.shape[0] == config["vocab_size"] else value
+        for name, value in weights.items()
+    }
+    save_file(cut, home / "model.safetensors", {"format": "pt"})
+    server = start(folder, "--device", "cuda")
+    server.wait_ready()
+    good = {**PICTURE, "prompt": "fox"}
+    before = pixels(server, good)
+    status, answer = server.json("POST", "/v1/models/tiny:predict", {"instances": [{**good, "prompt": "\u00e9"}]})
+    assert status == 503 and "engine" in answer["error"], answer
+    server.wait_ready()
+    assert np.array_equal(pixels(server, good), before)
+    log = server.log.read_text()
+    assert log.count("the device is lost; the engine ends") == 2  # it runs once more, and no third time
+    assert "it runs once more" in log
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in CASES.values()}))

@@ -199,6 +199,31 @@ def test_a_retry_joins_and_a_lost_connection_is_held(serve: Serve) -> None:
     assert metric(server, "diffusion_images_total") == images + 2
 
 
+def test_a_dry_run_by_header_is_another_request_than_the_real_one(serve: Serve) -> None:
+    server = serve("sd15")
+    assert post(server, QUICK, Idempotency_Key="dry", X_Dry_Run="true")[0] == 200
+    status, _, answer = post(server, QUICK, Idempotency_Key="dry")
+    assert status == 409 and "dry" in answer["error"]
+
+
+def test_ids_join_where_that_is_asked_for(serve: Serve) -> None:
+    joining, plain = serve("sd15", "--join_by_request_id", "true"), serve("sd15")
+    for server, drawn in ((joining, 1), (plain, 2)):
+        images = metric(server, "diffusion_images_total")
+        answers = [post(server, QUICK, X_Request_ID="the-same") for _ in range(2)]
+        assert [status for status, _, _ in answers] == [200, 200]
+        assert metric(server, "diffusion_images_total") == images + drawn
+    fields = {
+        "id": "v2-the-same",
+        "inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a fox"]}],
+        "parameters": {"num_inference_steps": 2, "seed": 3},
+    }
+    images = metric(joining, "diffusion_images_total")
+    told = [joining.json("POST", "/v2/models/tiny/infer", fields) for _ in range(2)]
+    assert [status for status, _ in told] == [200, 200] and told[0][1]["outputs"] == told[1][1]["outputs"]
+    assert metric(joining, "diffusion_images_total") == images + 1
+
+
 # --- faults
 
 
@@ -243,7 +268,7 @@ def test_metrics_tell_every_stage(serve: Serve) -> None:
         assert metric(server, "diffusion_stage_seconds_count", stage=stage) > 0
     assert metric(server, "diffusion_stage_seconds_bucket", stage="total", le="3600.0") > 0
     assert metric(server, "diffusion_ready") == 1 and metric(server, "diffusion_queue_depth") == 0
-    assert metric(server, "diffusion_load_seconds", stage="loading") > 0
+    assert metric(server, "diffusion_model_load_seconds", stage="loading") > 0
     assert metric(server, "diffusion_host_memory_bytes") > 10**8
     assert metric(server, "diffusion_requests_total", protocol="v1", outcome="ok") > 0
     told = server.request("GET", "/metrics")[2].decode().splitlines()

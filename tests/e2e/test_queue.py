@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import select
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from PIL import Image
 
 if TYPE_CHECKING:
     from tests.conftest import Serve, Server
@@ -89,6 +93,10 @@ def log_lines(server: Server) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             made.append(json.loads(line))
     return made
+
+
+def states(server: Server) -> list[str]:
+    return [told["state"] for told in server.json("GET", f"/v2/models/{server.name}/requests")[1]["requests"]]
 
 
 def ready(server: Server) -> bool:
@@ -290,6 +298,66 @@ def test_sigterm_finishes_what_was_accepted(watched: Callable[..., Any]) -> None
     assert server.process.wait(SECONDS) == 0
     _, alive = psutil.wait_procs([engine], SOON)
     assert not alive
+
+
+def test_sigterm_while_a_source_picture_is_decoded(watched: Callable[..., Any]) -> None:
+    """Admitted, and no job yet: it was accepted all the same."""
+    server, _ = watched(model="wan-ti2v-5b")
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((6000, 6000)).convert("RGB").save(file, "PNG", compress_level=1)
+    call = Call(server, {**QUICK, "image": base64.b64encode(file.getvalue()).decode()})
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline and not call.answered:
+        told = server.json("GET", f"/v2/models/{server.name}/requests")[1]
+        if told["wait_seconds"] or told["requests"]:
+            break
+    assert told["wait_seconds"] and not told["requests"], told  # promised a place, not yet in it
+    server.process.send_signal(signal.SIGTERM)
+    assert call.answer()[0] == 200
+    assert server.process.wait(SECONDS) == 0
+
+
+def test_a_large_answer_reaches_a_slow_reader_within_the_grace_period(watched: Callable[..., Any]) -> None:
+    server, _ = watched("--grace_period", "60")
+    host, port = server.http.removeprefix("http://").split(":")
+    fields = {"prompt": "x", "size": "512x512", "num_inference_steps": 1, "n": 10, "seed": 1}
+    body = json.dumps({"instances": [fields, fields]}).encode()
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.sendall(
+            b"POST /v1/models/tiny:predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        got = client.recv(65536)
+        head, _, rest = got.partition(b"\r\n\r\n")
+        (length,) = (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-l"))
+        have = len(rest)
+        server.process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        while have < length and (part := client.recv(65536)):
+            have += len(part)
+            time.sleep(0.2 if time.monotonic() - begun < 7 else 0)
+    assert have == length
+    assert server.process.wait(SECONDS) == 0
+
+
+def test_a_drain_that_waits_for_a_cancelled_forward_does_not_spin(watched: Callable[..., Any]) -> None:
+    server, engine = watched()
+    call = Call(server, {**ENDLESS, "size": "768x768"})
+    wait_for(lambda: states(server) == ["running"], "runs")
+    engine.suspend()  # stands for a long forward
+    (told,) = server.json("GET", f"/v2/models/{server.name}/requests")[1]["requests"]
+    server.json("DELETE", f"/v2/models/{server.name}/requests/{told['id']}")
+    assert call.answer()[0] == 499
+    server.process.send_signal(signal.SIGTERM)
+    process = psutil.Process(server.process.pid)
+    time.sleep(0.5)
+    before = sum(process.cpu_times()[:2])
+    time.sleep(2)
+    used = sum(process.cpu_times()[:2]) - before
+    engine.resume()
+    assert used < 1.0  # of two seconds; a loop without a pause takes both
+    assert server.process.wait(SECONDS) == 0
 
 
 def test_sigterm_answers_everybody_before_the_grace_period_ends(watched: Callable[..., Any]) -> None:

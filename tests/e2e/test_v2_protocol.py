@@ -111,6 +111,20 @@ def test_errors_are_objects_of_one_string(method: str, path: str, status: int, s
     assert (answer, list(document)) == (status, ["error"])
 
 
+def test_a_version_in_the_query_means_nothing(serve: Serve) -> None:
+    assert ask(serve("sd15"), "GET", "/v2/models/tiny?model_version=7")[0] == 200
+
+
+def test_the_openapi_document_tells_what_bodies_hold(serve: Serve) -> None:
+    server = serve("sd15")
+    paths = ask(server, "GET", "/openapi.json")[1]["paths"]
+    v1 = paths["/v1/models/{model_name}:predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "num_inference_steps" in v1["properties"]["instances"]["items"]["properties"]
+    v2 = paths["/v2/models/{model_name}/infer"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert v2["properties"]["inputs"]["items"]["required"] == ["name", "shape", "datatype"]
+    assert "Duplicate Operation ID" not in server.log.read_text()
+
+
 # --- infer
 
 

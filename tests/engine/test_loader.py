@@ -319,10 +319,9 @@ def test_paths_and_file_uris_name_the_same_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model_id", "message"),
     [
-        ("s3://bucket/model", "local path and from file://"),
-        ("hf://zai-org/GLM-Image", "local path and from file://"),
-        ("https://example.com/model", "local path and from file://"),
-        ("zai-org/GLM-Image", "no such folder"),
+        ("gs://bucket/model", "models come from"),
+        ("https://example.com/model", "models come from"),
+        ("no/such/folder", "no such folder"),
         ("/no/such/folder", "no such folder"),
         ("file:///no/such/folder", "no such folder"),
         ("file://server/share", "not 'server'"),

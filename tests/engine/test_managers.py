@@ -325,3 +325,14 @@ def test_what_applies_and_fails_ends_the_start(tiny_models, names, message):
     with pytest.raises(StartupError, match=message) as raised:
         apply(pipeline_of(tiny_models / "sd15"), H200, asked(*names))
     assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: out of memory\nCUDA kernel errors might", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"],
+)
+def test_cuda_says_out_of_memory_in_other_words_too(text: str) -> None:
+    from runtime.engine.worker import _device_is_lost, _is_out_of_memory
+
+    error = RuntimeError(text)
+    assert _is_out_of_memory(error) and not _device_is_lost(error)

@@ -118,3 +118,18 @@ def test_results_are_forgotten_by_age_and_by_number() -> None:
         assert work.runs == runs + 1
 
     asyncio.run(scenario())
+
+
+def test_a_result_leaves_memory_without_another_call() -> None:
+    async def main() -> int:
+        kept = Idempotency(0.05)
+
+        async def work() -> bytes:
+            return bytes(10)
+
+        await kept.run(("", "k"), "d", work)
+        assert len(kept._entries) == 1
+        await asyncio.sleep(0.3)
+        return len(kept._entries)
+
+    assert asyncio.run(main()) == 0

@@ -36,7 +36,7 @@ def plain(value: Any) -> Any:
 
 
 def schema_of(family: str, facts: dict[str, Any]) -> Schema:
-    told = Capabilities(family, "P", "image", facts, {}, "r", "cpu", {}, {}, "v")
+    told = Capabilities(family, "P", "image", facts, {}, "s", 1, "r", "cpu", {}, {}, "v")
     return RequestChecker(told, Limits()).schema
 
 
@@ -781,7 +781,6 @@ def delimited(number: int, data: bytes) -> bytes:
         (field(5, 0, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), 2**64 - 1),
         (field(5, 0, b"\x07"), 7),
         (b"", None),
-        (field(9, 0, b"\x07"), None),
     ],
 )
 def test_grpc_parameters(parameter: bytes, value: Any) -> None:
@@ -794,6 +793,13 @@ def test_grpc_parameters(parameter: bytes, value: Any) -> None:
     assert made.parameters == {"seed": value}
     assert type(made.parameters["seed"]) is type(value)
     assert v2.decode(made, GLM, 4) == [{"seed": value}]
+
+
+def test_a_grpc_parameter_of_no_known_kind_is_refused() -> None:
+    entry = delimited(1, b"seed") + delimited(2, field(9, 0, b"\x07"))
+    message = pb.ModelInferRequest.FromString(delimited(1, b"tiny") + delimited(4, entry))
+    with pytest.raises(InvalidRequest, match="'seed': field 9 is no kind of parameter"):
+        grpc.infer_request(message)
 
 
 @pytest.mark.parametrize(

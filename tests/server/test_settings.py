@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import SecretStr, ValidationError
 from runtime.errors import StartupError
 from runtime.families.base import Limits
 from runtime.settings import Settings, child_environment, default_text, load
+from runtime.storage.options import StorageOptions
 
 # field -> (how a person writes it, what it becomes); never the default
 GOOD: dict[str, tuple[str, Any]] = {
@@ -17,6 +19,23 @@ GOOD: dict[str, tuple[str, Any]] = {
     "model_path": ("/models/y", "/models/y"),
     "model_name": ("glm-image", "glm-image"),
     "model_aliases": (" a, b,,c ", ("a", "b", "c")),
+    "cache_dir": ("/cache", "/cache"),
+    "load_mode": ("Stream", "stream"),
+    "download_threads": ("4", 4),
+    "aws_s3_endpoint": ("https://s3.example.com", "https://s3.example.com"),
+    "aws_endpoint_url": ("https://s3.example.com", "https://s3.example.com"),
+    "s3_endpoint": ("s3.example.com", "s3.example.com"),
+    "aws_s3_bucket": ("models", "models"),
+    "aws_default_region": ("eu-central-1", "eu-central-1"),
+    "s3_use_https": ("0", False),
+    "s3_verify_ssl": ("0", False),
+    "aws_ca_bundle": ("/tls/ca.crt", "/tls/ca.crt"),
+    "aws_anonymous": ("True", True),
+    "storage_config": ('{"type": "s3"}', SecretStr('{"type": "s3"}')),
+    "storage_override_config": ('{"bucket": "b"}', SecretStr('{"bucket": "b"}')),
+    "hf_hub_offline": ("1", True),
+    "hf_endpoint": ("https://hub.example.com", "https://hub.example.com"),
+    "hf_token": ("a-secret-token", SecretStr("a-secret-token")),
     "device": ("CPU", "cpu"),
     "dtype": ("BFloat16", "bfloat16"),
     "enable_low_cpu_mem": ("false", "false"),
@@ -27,6 +46,8 @@ GOOD: dict[str, tuple[str, Any]] = {
     "enable_sequential_cpu_offload": ("OFF", "false"),
     "cpu_threads": ("3", 3),
     "warmup": ("false", False),
+    "max_batch_size": ("4", 4),
+    "max_batch_wait_ms": ("0", 0),
     "max_pixels": ("1048576", 1048576),
     "max_frames": ("81", 81),
     "max_steps": ("60", 60),
@@ -66,6 +87,12 @@ ONLY_VALUE = {"workers"}  # whose one legal value is the default
 # field -> values that end the start
 BAD: dict[str, tuple[str, ...]] = {
     "model_name": ("a/b", "a b", "a:b", "a?b", "a#b"),
+    "load_mode": ("streaming", "none"),
+    "download_threads": ("0", "257", "many"),
+    "s3_use_https": ("maybe",),
+    "s3_verify_ssl": ("2",),
+    "aws_anonymous": ("anyone",),
+    "hf_hub_offline": ("perhaps",),
     "device": ("tpu", "cuda:0"),
     "dtype": ("fp8", "torch.bfloat16"),
     "enable_low_cpu_mem": ("maybe",),
@@ -76,6 +103,8 @@ BAD: dict[str, tuple[str, ...]] = {
     "enable_sequential_cpu_offload": ("-1",),
     "cpu_threads": ("-1", "two", "1.5"),
     "warmup": ("maybe", "2"),
+    "max_batch_size": ("0", "auto"),
+    "max_batch_wait_ms": ("-1", "50ms", "10001"),
     "max_pixels": ("0", "-1", "1e6", "1024x1024"),
     "max_frames": ("0",),
     "max_steps": ("many",),
@@ -107,6 +136,8 @@ BAD: dict[str, tuple[str, ...]] = {
     "log_prompts": ("x",),
 }
 FREE_TEXT = {"model_id", "model_path", "model_aliases", "ssl_certfile", "ssl_keyfile", "api_key", "api_key_file"}
+FREE_TEXT |= {"cache_dir", "aws_s3_endpoint", "aws_endpoint_url", "s3_endpoint", "aws_s3_bucket", "aws_default_region"}
+FREE_TEXT |= {"aws_ca_bundle", "storage_config", "storage_override_config", "hf_endpoint", "hf_token"}
 ALL_BAD = [(name, value) for name, values in BAD.items() for value in values]
 
 
@@ -243,6 +274,25 @@ def test_model_path_is_another_name_of_model_id(argv: list[str], environ: dict[s
 def test_model_id_and_model_path_may_not_differ(argv: list[str], environ: dict[str, str], named: tuple[str]) -> None:
     (line,) = wrong(argv, **environ)
     assert all(name in line for name in named)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("awsAnonymousCredential", "aws_anonymous"), ("TRANSFORMERS_OFFLINE", "hf_hub_offline")]
+)
+def test_names_that_others_have_for_a_setting(variable: str, name: str) -> None:
+    assert getattr(load([], {variable: "1"}), name) is True
+    assert getattr(load([], {variable: "1", name.upper(): "false"}), name) is False
+    assert wrong(**{variable: "x"})
+
+
+def test_the_storage_options_are_those_of_the_settings() -> None:
+    assert load([], {}).storage == StorageOptions()
+    environ = {"STORAGE_CONFIG": '{"secret_access_key": "s3cret"}', "HF_TOKEN": "t0ken", "AWS_S3_BUCKET": "b"}
+    storage = load(["--download_threads", "3"], environ).storage
+    assert (storage.threads, storage.bucket, storage.hf_token) == (3, "b", "t0ken")
+    assert storage.config == environ["STORAGE_CONFIG"]
+    assert "s3cret" not in repr(storage) and "t0ken" not in repr(storage)
+    assert pickle.loads(pickle.dumps(storage)) == storage
 
 
 @pytest.mark.parametrize("name", Settings().optimizations)

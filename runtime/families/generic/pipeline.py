@@ -77,6 +77,8 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
         "extra": extra,
         "image_required": "image" in signature and signature["image"].default is inspect.Parameter.empty,
         "negative_prompt_gate": gate,
+        "batches": "num_frames" not in signature
+        and all(_takes_list(hints.get(name)) for name in ("prompt", "generator")),
     }
 
 
@@ -111,11 +113,26 @@ class Runner:
 
     def run(self, request: GenerationRequest, seed: int, context: Context) -> Any:
         """A picture, or a video's frames."""
+        return self._call(request, context, request.prompt, request.negative_prompt, cpu_generator(seed))[0]
+
+    def run_batch(self, rows: list[tuple[GenerationRequest, int]], context: Context) -> list[Any]:
+        """A picture for each request and seed, in one pass; the requests agree in all that `batch_key` compares.
+
+        Each row's noise is the one it has alone; kernels may round it otherwise by the batch's size.
+        """
+        requests = [request for request, _ in rows]
+        prompts = [request.prompt for request in requests]
+        negative = [request.negative_prompt or "" for request in requests] if requests[0].negative_prompt else None
+        generators = [cpu_generator(seed) for _, seed in rows]
+        drawn: list[Any] = self._call(requests[0], context, prompts, negative, generators)
+        return drawn
+
+    def _call(self, request: GenerationRequest, context: Context, prompt: Any, negative: Any, generator: Any) -> Any:
         pipeline = self._pipeline
         pipeline.scheduler = self._scheduler(**scheduler_changes(request.flow_shift, self._flow_shift_key))
         given: dict[str, Any] = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
+            "prompt": prompt,
+            "negative_prompt": negative,
             "height": request.height,
             "width": request.width,
             "num_frames": request.num_frames,
@@ -133,11 +150,11 @@ class Runner:
             pipeline,
             request,
             context,
-            generator=cpu_generator(seed),
+            generator=generator,
             reports_steps="callback_on_step_end" in self._takes,
             **arguments,
         )
-        return output.frames[0] if hasattr(output, "frames") else output.images[0]
+        return output.frames if hasattr(output, "frames") else output.images
 
 
 def _hidden_layers(pipeline: Any) -> int:
@@ -180,6 +197,10 @@ def _scalar_kind(hint: Any) -> str | None:
     kinds = [KINDS[option] for option in options if option in KINDS]
     others = [o for o in options if o not in KINDS and o is not type(None) and typing.get_origin(o) is not list]
     return kinds[0] if kinds and not others else None
+
+
+def _takes_list(hint: Any) -> bool:
+    return any(typing.get_origin(option) is list for option in (hint, *typing.get_args(hint)))
 
 
 def _is_plain(default: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from runtime.errors import InvalidRequest
@@ -69,6 +70,16 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
         if name not in parameters and name not in OURS
     }
     return Schema(parameters, refused)
+
+
+def batch_key(request: GenerationRequest, facts: Mapping[str, Any]) -> GenerationRequest | None:
+    """Text to image runs with what is alike in all but prompts, seed, n and file format: it keeps a GPU busier."""
+    if not facts["batches"] or request.images or any("prompt" in name for name in request.extra):
+        return None
+    negative = "any" if request.negative_prompt else None
+    return replace(
+        request, prompt="any", negative_prompt=negative, seed=0, n=1, output_format="any", output_quality=None
+    )
 
 
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:

@@ -58,6 +58,11 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
     return Schema(parameters, refused)
 
 
+def batch_key(request: GenerationRequest, facts: Mapping[str, Any]) -> GenerationRequest | None:
+    """Alone: one video fills the device."""
+    return None
+
+
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:
     images, given = values.setdefault("images", ()), values.pop("given")
     own = facts["defaults"]

@@ -11,10 +11,13 @@ MODEL_ID          ?=
 HTTP_PORT         ?= 8080
 GRPC_PORT         ?= 8081
 TESTS             ?= tests
+OFFLINE           ?= 0
+FLASH_ATTN        ?= 1
+BASE_IMAGE        := $(shell sed -n 's/^FROM \(.*\) AS dependencies$$/\1/p' Containerfile)
 STAMP             := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test test-gpu test-v1 test-v2 check format build run push clean
+.PHONY: help setup demo dev test test-gpu test-v1 test-v2 check format wheels build save load run push clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +64,21 @@ format: setup ## Format the code
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-build: ## Build the container image
-	$(CONTAINER_RUNTIME) build -f Containerfile -t $(IMAGE):$(TAG) .
+wheels: ## Fill image/wheelhouse on a connected machine, for make build OFFLINE=1
+	$(CONTAINER_RUNTIME) run --rm --user 0 -v "$(CURDIR)":/src:Z $(BASE_IMAGE) /src/image/install.sh wheels /src/image/wheelhouse
+	@test "$(FLASH_ATTN)" = 0 || \
+	  $(CONTAINER_RUNTIME) build -f Containerfile --target flash-attn-wheel --output type=local,dest=image/wheelhouse .
+
+build: ## Build the container image; OFFLINE=1 from image/wheelhouse alone, FLASH_ATTN=0 without flash-attn
+	$(CONTAINER_RUNTIME) build -f Containerfile -t $(IMAGE):$(TAG) \
+	  $(if $(filter 1,$(OFFLINE)),--pull=never --network=none --build-arg OFFLINE=1 --build-arg FLASH_ATTN=0,--build-arg FLASH_ATTN=$(FLASH_ATTN)) \
+	  --build-arg VERSION=$(TAG) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) .
+
+save: ## Write the image to diffusion-runtime-TAG.tar, to carry it to a machine without a network
+	$(CONTAINER_RUNTIME) save -o diffusion-runtime-$(TAG).tar $(IMAGE):$(TAG)
+
+load: ## Read the image from diffusion-runtime-TAG.tar
+	$(CONTAINER_RUNTIME) load -i diffusion-runtime-$(TAG).tar
 
 run: ## Run the image on MODEL_ID, a folder of this machine
 	@test -n "$(MODEL_ID)" || { echo "make run needs MODEL_ID=/path/to/a/model"; exit 1; }

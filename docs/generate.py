@@ -103,7 +103,15 @@ def metrics() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (settings, routes, errors, families, fields, metrics)}
+def sizing() -> str:
+    from docs.sizing import sizing
+
+    return sizing()
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (settings, routes, errors, families, fields, metrics, sizing)
+}
 
 
 def rewritten(text: str) -> str:

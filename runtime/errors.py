@@ -6,6 +6,7 @@
     ├── ModelNotFound       404  NOT_FOUND            no model, or no version, of that name is served here
     ├── NotFound            404  NOT_FOUND            no request of that id is known
     ├── Conflict            409  ABORTED              the idempotency key came with another body
+    ├── Gone                410  NOT_FOUND            a job or its results have expired
     ├── PayloadTooLarge     413  RESOURCE_EXHAUSTED   the body is larger than MAX_BODY_BYTES
     ├── QueueFull           429  RESOURCE_EXHAUSTED   more is waiting than is allowed; try later
     ├── Cancelled           499  CANCELLED            the client went away or asked to stop
@@ -61,6 +62,11 @@ class NotFound(DiffusionError):
 class Conflict(DiffusionError):
     http_status = 409
     grpc_code = "ABORTED"
+
+
+class Gone(DiffusionError):
+    http_status = 410
+    grpc_code = "NOT_FOUND"
 
 
 class PayloadTooLarge(DiffusionError):

@@ -142,6 +142,36 @@ class Settings(BaseModel):
         False, description="Take the id of a request for its idempotency key where it has none."
     )
 
+    # Jobs and results
+    data_dir: str | None = Field(
+        None,
+        description="Folder of jobs and results, a volume at best; unset, a temporary one that ends with the server.",
+    )
+    output_uri: str | None = Field(
+        None,
+        description="s3://bucket/prefix for jobs and results instead of DATA_DIR; replicas with the same one share.",
+    )
+    result_ttl_s: Positive = Field(86_400, description="Seconds that the result of a job is kept.")
+    job_ttl_s: Positive = Field(604_800, description="Seconds that the record of a job is kept, at least its result's.")
+    result_url_ttl_s: Positive = Field(
+        3600, description="Seconds that the URL of a result works, at most its result's."
+    )
+    max_result_bytes: Positive = Field(
+        10 * 2**30, description="Most bytes of results that are kept; the oldest make room."
+    )
+    job_lease_s: Annotated[int, Field(ge=3, le=600)] = Field(
+        30, description="Seconds without a sign of life after which another server takes over a server's jobs."
+    )
+    embed_metadata: bool = Field(
+        False,
+        description="Write model, revision, seed and parameters into PNG and MP4 files; prompts with LOG_PROMPTS.",
+    )
+    allowed_image_hosts: Names = Field(
+        (),
+        description="Hosts that pictures may be fetched from by https; empty allows none. *.example.com is a suffix.",
+    )
+    enable_ui: bool = Field(True, description="Serve a page to try the model at /ui.")
+
     # The server
     http_port: Port = Field(8080, description="Port of v1, v2 REST, health and metrics.")
     grpc_port: Port = Field(8081, description="Port of v2 gRPC.")

@@ -18,29 +18,14 @@ from runtime.engine.running import clean, isolated_random_state
 from runtime.errors import Cancelled
 from runtime.families.glm_image import decoder, reference
 from runtime.families.glm_image.pipeline import Runner
-from runtime.types import GenerationRequest, SourceImage
+from runtime.types import GenerationRequest
+from tests.glm import TEXT, source
 
 pytestmark = pytest.mark.gpu
 
 WEIGHTS = decoder.WEIGHTS
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 DTYPES = list(TOLERANCE)
-TEXT = GenerationRequest(
-    prompt='a red fox, "OPEN"',
-    width=64,
-    height=64,
-    num_inference_steps=3,
-    seed=0,
-    n=1,
-    output_format="png",
-    guidance_scale=1.5,
-    max_sequence_length=64,
-)
-
-
-def source(index: int, width: int, height: int) -> SourceImage:
-    rgb = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return SourceImage(width, height, rgb.tobytes())
 
 
 REQUESTS = (

@@ -4,7 +4,7 @@ modules give. What the GPU's kernels add is compared with `reference` in tests/e
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,36 +30,14 @@ from runtime.families.glm_image.decoder import Sampling, fused
 from runtime.families.glm_image.pipeline import Runner
 from runtime.families.glm_image.tokens import sampling
 from runtime.families.glm_image.transformer import Kept, attention_backend
-from runtime.types import GenerationRequest, Progress, SourceImage
+from runtime.types import GenerationRequest, Progress
+from tests.glm import TEXT, source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
-
-
-def source(index: int, width: int = 64, height: int = 64) -> SourceImage:
-    rgb = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return SourceImage(width, height, rgb.tobytes())
-
-
-TEXT = GenerationRequest(
-    prompt='a red fox, "OPEN"',
-    width=64,
-    height=64,
-    num_inference_steps=3,
-    seed=0,
-    n=1,
-    output_format="png",
-    guidance_scale=1.5,
-    max_sequence_length=64,
-)
 EDIT = replace(TEXT, images=(source(0),))
 TWO = replace(EDIT, images=(source(1), source(2, 96, 64)), width=96)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,42 +20,20 @@ from runtime.errors import Cancelled
 from runtime.families import registry
 from runtime.tiny import GLM_CODE_BOOK, GLM_IMAGE_END, GLM_VISION_VOCAB
 from runtime.types import GenerationRequest, Progress, SourceImage
+from tests.glm import TEXT, source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 DENOISERS = ("transformer", "transformer_2", "unet")
 OUTSIDE_BOOK = list(range(GLM_CODE_BOOK, GLM_VISION_VOCAB))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums depend on the number of threads; models of this size gain nothing by several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
-
-
-def source(index: int, width: int = 64, height: int = 64) -> SourceImage:
-    rgb = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return SourceImage(width, height, rgb.tobytes())
-
-
 def pil(image: SourceImage) -> Image.Image:
     return Image.frombytes("RGB", (image.width, image.height), image.rgb)
 
 
-GLM_TEXT = GenerationRequest(
-    prompt='a red fox, "OPEN"',
-    width=64,
-    height=64,
-    num_inference_steps=1,
-    seed=0,
-    n=1,
-    output_format="png",
-    guidance_scale=1.0,  # one forward of the DiT a step
-    max_sequence_length=64,
-)
+GLM_TEXT = replace(TEXT, num_inference_steps=1, guidance_scale=1.0)  # one forward of the DiT
 GLM_EDIT = replace(GLM_TEXT, images=(source(0),))
 
 

@@ -1,22 +1,24 @@
 """Pictures in, pictures and videos out.
 
-`read_image` runs in the server process on untrusted bytes; the encoders run in the engine process.
+`read_image` runs in the server process on untrusted bytes, `thumbnail` there on our own; the encoders run in the
+engine process.
 """
 
 from __future__ import annotations
 
 import binascii
 import io
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 # Image.open would import every plugin there is to find this one.
-from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401
+from PIL import Image, ImageOps, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
 from runtime.errors import InvalidRequest, shown
 from runtime.types import SourceImage
@@ -208,11 +210,15 @@ class _BoundedReader(io.BytesIO):
         return super().read(size)
 
 
-def encode_image(image: Image.Image, format: str, quality: int | None) -> bytes:
-    """`image` as a file of `format` ("png", "jpeg" or "webp"), without metadata.
+def encode_image(
+    image: Image.Image, format: str, quality: int | None, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """`image` as a file of `format` ("png", "jpeg" or "webp"), without metadata of its own.
 
     `quality` is 1 to 100; None means 95 for JPEG and 90 for WebP. PNG is lossless and has none. The same
     pixels give the same bytes. JPEG keeps colour at full resolution (4:4:4) and drops transparency.
+    `metadata` becomes a text chunk of a PNG for each entry (tEXt, or iTXt beyond ASCII), before the pixels; JPEG and
+    WebP have no such place and go without.
 
     Raises ValueError for another format or quality, and for a picture wider or higher than the format
     holds (JPEG 65,535 pixels, WebP 16,383).
@@ -231,6 +237,8 @@ def encode_image(image: Image.Image, format: str, quality: int | None) -> bytes:
     longest = {"png": 2**31 - 1, "jpeg": 65_535, "webp": 16_383}[format]
     if max(image.size) > longest:
         raise ValueError(f"{image.width} x {image.height} does not fit into {format}: at most {longest} a side")
+    if metadata and format == "png":
+        options["pnginfo"] = _text_chunks(metadata)
     plain = image.copy() if image.mode in modes else image.convert("RGB")
     plain.info.clear()  # Pillow would write it into the file
     file = io.BytesIO()
@@ -238,12 +246,25 @@ def encode_image(image: Image.Image, format: str, quality: int | None) -> bytes:
     return file.getvalue()
 
 
-def encode_video(frames: npt.NDArray[np.uint8], fps: int, quality: int | None) -> bytes:
+def _text_chunks(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+        if text.isascii() and "\0" not in text:
+            chunks.add_text(name, text)
+        else:
+            chunks.add_itxt(name, text.replace("\0", "\ufffd"))  # PNG knows no such character
+    return chunks
+
+
+def encode_video(
+    frames: npt.NDArray[np.uint8], fps: int, quality: int | None, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """`frames` (frame, height, width, RGB; uint8) as an H.264 MP4 that begins to play before it is all there.
 
     8-bit 4:2:0, BT.709, limited range, High profile, preset veryfast. `fps` is in frames a second. `quality`
     1 to 100 maps onto x264's constant rate factor, CRF = 51 - round((quality - 1) * 50 / 99): 100 gives
     CRF 1 and 1 gives CRF 51; None means CRF 18, the same as 66. The same frames give the same bytes.
+    `metadata` becomes the file's comment (©cmt), a JSON object.
 
     Raises ValueError for another shape or type, no frames, an odd width or height (4:2:0 halves them), an
     fps below 1 or another quality.
@@ -269,6 +290,8 @@ def encode_video(frames: npt.NDArray[np.uint8], fps: int, quality: int | None) -
 
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(file, "w", format="mp4", options=options, io_open=reopen) as container:
+        if metadata:
+            container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False)
         stream = container.add_stream(
             "libx264",
             rate=fps,
@@ -298,6 +321,23 @@ def encode_video(frames: npt.NDArray[np.uint8], fps: int, quality: int | None) -
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
+
+
+def thumbnail(video: bytes, longest: int = 512) -> bytes:
+    """The first frame of an MP4 as WebP, its longer side at most `longest` pixels; it is never made larger.
+
+    For files that `encode_video` made: it decodes what it is given, in the C code of FFmpeg. Takes tens of
+    milliseconds, so not on the event loop. The same video gives the same bytes. Raises ValueError if it is no video.
+    """
+    import av  # here, since most servers never need it
+
+    try:
+        with av.open(io.BytesIO(video), format="mp4") as container:
+            frame = next(container.decode(video=0)).to_image()
+    except (av.FFmpegError, IndexError, StopIteration) as exc:
+        raise ValueError("not an MP4 video with a frame in it") from exc
+    frame.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return encode_image(frame, "webp", 80)
 
 
 def frames_to_uint8(frames: npt.NDArray[Any] | Sequence[Image.Image]) -> npt.NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from runtime.errors import StartupError, shown
 from runtime.families.base import Limits
+from runtime.jobs.store import Lifetimes
 from runtime.storage.options import StorageOptions
 
 
@@ -37,6 +39,16 @@ def _path_segment(value: str) -> str:
     if not value or any(c in value for c in "/:?# \t\n"):
         raise ValueError("must be a name without spaces, slashes, colons, ? and #, as it becomes a part of URLs")
     return value
+
+
+def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        match = re.fullmatch(
+            r"(\*\.(?=[^.]+\.))?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*(:(\d{1,5}))?", value, re.IGNORECASE
+        )
+        if match is None or not 0 < int(match[4] or 443) < 65536:
+            raise ValueError(f"{shown(value)} is none of name, *.example.com and name:port (without https://)")
+    return values
 
 
 # field -> variables of other programs that mean the same
@@ -166,9 +178,9 @@ class Settings(BaseModel):
         False,
         description="Write model, revision, seed and parameters into PNG and MP4 files; prompts with LOG_PROMPTS.",
     )
-    allowed_image_hosts: Names = Field(
+    allowed_image_hosts: Annotated[Names, AfterValidator(_hosts)] = Field(
         (),
-        description="Hosts that pictures may be fetched from by https; empty allows none. *.example.com is a suffix.",
+        description="Hosts, or host:port, that pictures may be fetched from by https; *.example.com is all below it.",
     )
     enable_ui: bool = Field(True, description="Serve a page to try the model at /ui.")
 
@@ -211,6 +223,12 @@ class Settings(BaseModel):
     @property
     def limits(self) -> Limits:
         return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """Those of URLs, results and records, none longer than what it stands on."""
+        result = min(self.result_ttl_s, self.job_ttl_s)
+        return Lifetimes(min(self.result_url_ttl_s, result), result, self.job_ttl_s, self.max_result_bytes)
 
     @property
     def storage(self) -> StorageOptions:

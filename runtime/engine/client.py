@@ -137,7 +137,7 @@ class EngineClient:
         self._outbox.put(
             Configure(
                 *(s.source, s.storage, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup),
-                *(s.log_level, s.log_format, restarted),
+                *(s.log_level, s.log_format, restarted, s.model_name, s.embed_metadata, s.log_prompts),
             )
         )
         process = self._process

@@ -32,6 +32,9 @@ class Configure:
     log_level: str
     log_format: str
     restarted: bool
+    model_name: str
+    embed_metadata: bool
+    log_prompts: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ from runtime.engine.messages import (
 )
 from runtime.errors import Cancelled, DiffusionError, StartupError
 from runtime.logs import configure, log, request_id, unexpected
+from runtime.metadata import metadata_of
 from runtime.types import DEFAULTS_FILE, Capabilities, GeneratedMedia, GenerationRequest, Progress
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class Engine:
         half = registry.pipeline_half(family)
         facts = half.facts(loaded.pipeline, folder)
         self._runner = half.Runner(loaded.pipeline)
+        self._revision = revision or loaded.revision
         warmup = None
         if configuration.warmup:
             self.send(Stage("warming", 0.0))
@@ -174,7 +176,7 @@ class Engine:
                     defaults=_defaults(folder),
                     source=source,
                     model_bytes=loaded.model_bytes,
-                    model_revision=revision or loaded.revision,
+                    model_revision=self._revision,
                     device=loaded.device.name,
                     dtypes=loaded.dtypes,
                     optimizations=loaded.optimizations,
@@ -316,7 +318,7 @@ class Engine:
         try:
             begun = time.perf_counter()
             media = [
-                _encoded(member.request, seed, picture)
+                _encoded(member.request, seed, picture, self._metadata(member.request, seed))
                 for seed, picture in zip(member.request.seeds, drawn, strict=True)
             ]
             timings["encode"] = time.perf_counter() - begun
@@ -330,16 +332,23 @@ class Engine:
         except Exception as error:
             self.send(_failed(member, error))
 
+    def _metadata(self, request: GenerationRequest, seed: int) -> dict[str, str] | None:
+        """What the file of one picture or video shall say of it."""
+        c = self._configuration
+        return metadata_of(request, seed, c.model_name, self._revision, c.log_prompts) if c.embed_metadata else None
 
-def _encoded(request: GenerationRequest, seed: int, picture: Any) -> GeneratedMedia:
+
+def _encoded(
+    request: GenerationRequest, seed: int, picture: Any, metadata: dict[str, str] | None = None
+) -> GeneratedMedia:
     from runtime.media import encode_image, encode_video, frames_to_uint8
 
     if request.output_format != "mp4":
-        data = encode_image(picture, request.output_format, request.output_quality)
+        data = encode_image(picture, request.output_format, request.output_quality, metadata)
         return GeneratedMedia(data, request.output_format, picture.width, picture.height, seed)
     frames, fps = frames_to_uint8(picture), request.fps or 16
     count, height, width, _ = frames.shape
-    data = encode_video(frames, fps, request.output_quality)
+    data = encode_video(frames, fps, request.output_quality, metadata)
     return GeneratedMedia(data, "mp4", width, height, seed, count, fps)
 
 

@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 from runtime import access
-from runtime.access import OPEN_METHODS, Keys, is_open
+from runtime.access import OPEN_METHODS, Keys, is_open, is_signed
 from runtime.errors import StartupError, Unauthorized
 from runtime.logs import credential, log, logger, request_scope, trace_context, trace_id
 from runtime.middleware import Guard
@@ -349,6 +349,7 @@ def test_the_file_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pytest
 
 OPEN = [
     "/",
+    "/health",
     "/metrics",
     "/v2/health/live",
     "/v2/health/ready",
@@ -360,6 +361,10 @@ CLOSED = [
     "",
     "//",
     "/.",
+    "/health/",
+    "/openai/health",
+    "/openai/v1/models/tiny",
+    "/v1/jobs/x/content/0",
     "/metrics/",
     "/metrics/x",
     "//metrics",
@@ -411,6 +416,24 @@ def test_what_is_open() -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "get", "ANY"):
         assert not any(is_open(method, path) for path in OPEN)
     assert {method.rpartition("/")[2] for method in OPEN_METHODS} == {"ServerLive", "ServerReady", "ModelReady"}
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/image_1/content/0", "/openai/v1/jobs/video_1/content/12"])
+def test_what_is_signed(path: str) -> None:
+    """The route of a job's media, and it alone, takes a signature for a key; it must check what this lets through."""
+    for query in (
+        b"signature=x",
+        b"expires=5&signature=",
+        b"signature",
+        b"a=b&signature=c&signature=d",
+        b"%73ignature=x",
+    ):
+        assert is_signed("GET", path, query) and is_signed("HEAD", path, query)
+        assert not is_signed("POST", path, query) and not is_signed("DELETE", path, query)
+        for other in (path + "/", path + "x", path[:-2], "/v1/models", path.replace("content", "result"), f"/{path}"):
+            assert not is_signed("GET", other, query), other
+    for query in (b"", b"expires=5", b"Signature=x", b"x=signature", b"signatures=x"):
+        assert not is_signed("GET", path, query)
 
 
 # --- the guard

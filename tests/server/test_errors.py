@@ -25,9 +25,11 @@ from grpc import aio
 from runtime import errors
 from runtime.engine.client import EngineDied
 from runtime.errors import DiffusionError, GenerationFailed, InvalidRequest, StartupError, all_errors, shown
+from runtime.jobs.record import JobError
 from runtime.logs import request_id
 from runtime.middleware import Guard
 from runtime.protocol.grpc import Errors
+from runtime.protocol.openai_errors import error_body, raised
 
 MAX_BODY = 1000
 SECONDS = 20
@@ -40,6 +42,7 @@ TABLE = {
     "Unauthorized": (401, "UNAUTHENTICATED"),
     "NotFound": (404, "NOT_FOUND"),
     "Conflict": (409, "ABORTED"),
+    "Gone": (410, "NOT_FOUND"),
     "PayloadTooLarge": (413, "RESOURCE_EXHAUSTED"),
     "QueueFull": (429, "RESOURCE_EXHAUSTED"),
     "Cancelled": (499, "CANCELLED"),
@@ -131,10 +134,12 @@ def small_app(events: dict[str, threading.Event]) -> FastAPI:
         return {"request_id": request_id.get()}
 
     @app.post("/raise/{name}")
+    @app.post("/openai/raise/{name}")
     async def fail(name: str, retry: int | None = None) -> None:
         raise CLASSES[name](f"{name} says why", retry_after=retry)
 
     @app.post("/unexpected")
+    @app.post("/openai/unexpected")
     async def unexpected() -> None:
         raise RuntimeError("secret-4711")
 
@@ -202,6 +207,74 @@ def test_each_class_over_http(served: Served, name: str) -> None:
     suffix = " (request my-id)" if status >= 500 else ""
     assert orjson.loads(body) == {"error": f"{name} says why{suffix}"}
     assert headers["content-length"] == str(len(body))
+
+
+# Type and code on the routes in OpenAI's style.
+OPENAI = {
+    "InvalidRequest": ("invalid_request_error", "invalid_value"),
+    "ModelNotFound": ("invalid_request_error", "model_not_found"),
+    "Unauthorized": ("invalid_request_error", "invalid_api_key"),
+    "NotFound": ("invalid_request_error", "not_found"),
+    "Conflict": ("invalid_request_error", "conflict"),
+    "Gone": ("invalid_request_error", "expired"),
+    "PayloadTooLarge": ("invalid_request_error", "payload_too_large"),
+    "QueueFull": ("rate_limit_error", "rate_limit_exceeded"),
+    "Cancelled": ("invalid_request_error", "cancelled"),
+    "GenerationFailed": ("server_error", "generation_failed"),
+    "NotImplementedHere": ("server_error", "not_implemented_here"),
+    "NotReady": ("server_error", "not_ready"),
+    "EngineDied": ("server_error", "engine_died"),
+    "DeadlineExceeded": ("server_error", "deadline_exceeded"),
+    "OutOfMemory": ("server_error", "out_of_memory"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_class_in_openais_shape(served: Served, name: str) -> None:
+    status, headers, body = served.request("POST", f"/openai/raise/{name}?retry=7", headers={"x-request-id": "my-id"})
+    assert status == TABLE[name][0]  # as everywhere
+    kind, code = OPENAI[name]
+    suffix = " (request my-id)" if status >= 500 else ""
+    told = {"message": f"{name} says why{suffix}", "type": kind, "param": None, "code": code}
+    assert orjson.loads(body) == {"error": told}
+    assert headers["retry-after"] == "7" and headers["content-type"] == "application/json"
+    # The SDK asks again on its own unless it's told that this is of no use.
+    assert headers.get("x-should-retry") == (None if status in (429, 503) else "false")
+
+
+def test_an_unexpected_error_in_openais_shape(served: Served) -> None:
+    status, headers, body = served.request("POST", "/openai/unexpected")
+    assert (status, headers["x-should-retry"]) == (500, "false")
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"], error["param"]) == ("server_error", "internal_error", None)
+    assert "secret" not in error["message"] and headers["x-request-id"] in error["message"]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_failed_job_raises_what_a_request_does(name: str) -> None:
+    error = CLASSES[name]("says why")
+    again = raised(JobError(error.code, str(error), error.http_status))
+    assert (again.http_status, str(again)) == (error.http_status, "says why")
+    assert name == "EngineDied" or type(again) is CLASSES[name]
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ("width: 5 is not an integer", "width", "invalid_value"),
+        ("prompt: missing; it must be a string", "prompt", "missing_required_parameter"),
+        ("'colour' is not a field of this model; known fields: …", "colour", "unknown_parameter"),
+        ("image[3]: the PNG file is damaged", "image", "invalid_value"),
+        ("instances[2]: width: 5 is not", "width", "invalid_value"),
+        ("body: not valid JSON", None, "invalid_value"),
+        ("X-Request-Timeout: 'x' is not a number", "X-Request-Timeout", "invalid_value"),
+        ("width x height: 9 is too many", None, "invalid_value"),
+        ("this server: is odd", None, "invalid_value"),
+    ],
+)
+def test_the_field_that_is_blamed(message: str, param: str | None, code: str) -> None:
+    error = error_body("/v1/images/edits", 400, message, InvalidRequest(message))["error"]
+    assert (error["param"], error["code"]) == (param, code)
 
 
 @pytest.mark.parametrize("name", ["QueueFull", "NotReady", "EngineDied"])

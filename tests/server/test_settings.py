@@ -64,6 +64,19 @@ GOOD: dict[str, tuple[str, Any]] = {
     "engine_timeout": ("9", 9),
     "idempotency_hold_s": ("11", 11),
     "join_by_request_id": ("True", True),
+    "data_dir": ("/data", "/data"),
+    "output_uri": ("s3://bucket/results", "s3://bucket/results"),
+    "result_ttl_s": ("3601", 3601),
+    "job_ttl_s": ("90000", 90_000),
+    "result_url_ttl_s": ("61", 61),
+    "max_result_bytes": ("1000000", 1_000_000),
+    "job_lease_s": ("5", 5),
+    "embed_metadata": ("on", True),
+    "allowed_image_hosts": (
+        "a.example.com, *.B.example.com,c.example:8443",
+        ("a.example.com", "*.B.example.com", "c.example:8443"),
+    ),
+    "enable_ui": ("0", False),
     "api_key": ("one-secret-key", SecretStr("one-secret-key")),
     "api_key_file": ("/run/keys", "/run/keys"),
     "http_port": ("9000", 9000),
@@ -121,6 +134,26 @@ BAD: dict[str, tuple[str, ...]] = {
     "engine_timeout": ("-1",),
     "idempotency_hold_s": ("0",),
     "join_by_request_id": ("perhaps",),
+    "result_ttl_s": ("0", "1d"),
+    "job_ttl_s": ("-1",),
+    "result_url_ttl_s": ("0",),
+    "max_result_bytes": ("10Gi",),
+    "job_lease_s": ("2", "601"),
+    "embed_metadata": ("auto",),
+    "allowed_image_hosts": (
+        *(
+            "*",
+            "*.com",
+            "https://a.example.com",
+            "a.example.com/x",
+            "a..b",
+            "*.*.a.b",
+            "a*.example.com",
+            "me@a.example",
+        ),
+        *("a.example:0", "a.example:65536", "a.example:x", "[::1]", "é.example", "good.example,a b"),
+    ),
+    "enable_ui": ("maybe",),
     "http_port": ("0", "65536", "http", "80.5"),
     "grpc_port": ("-1",),
     "enable_grpc": ("auto",),
@@ -137,6 +170,7 @@ BAD: dict[str, tuple[str, ...]] = {
 }
 FREE_TEXT = {"model_id", "model_path", "model_aliases", "ssl_certfile", "ssl_keyfile", "api_key", "api_key_file"}
 FREE_TEXT |= {"cache_dir", "aws_s3_endpoint", "aws_endpoint_url", "s3_endpoint", "aws_s3_bucket", "aws_default_region"}
+FREE_TEXT |= {"data_dir", "output_uri"}
 FREE_TEXT |= {"aws_ca_bundle", "storage_config", "storage_override_config", "hf_endpoint", "hf_token"}
 ALL_BAD = [(name, value) for name, values in BAD.items() for value in values]
 

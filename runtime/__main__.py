@@ -66,6 +66,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
     from runtime.middleware import Guard
     from runtime.model import DiffusionModel, Repository
     from runtime.protocol import grpc
+    from runtime.protocol.openai_errors import error_body, error_headers
     from runtime.routes import ROUTERS
     from runtime.scheduler import Scheduler
 
@@ -108,7 +109,9 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             if settings.enable_grpc:
                 tasks.append(asyncio.create_task(grpc_server.start()))
             log(logging.INFO, "listening", http=settings.http_port, grpc=settings.grpc_port)
-            tasks += [asyncio.create_task(work) for work in (scheduler.run(), engine.watch(), model.supervise())]
+            works = (scheduler.run(), engine.watch(), model.supervise(), model.jobs.run())
+            ours = [asyncio.create_task(work) for work in works]
+            tasks += ours
             stopping, ends = asyncio.create_task(stop.wait()), 0.0
             try:
                 done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -118,9 +121,9 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
                 self.failure = next((_failure(task) for task in done if task is not stopping), None)
             finally:
                 uvicorn.should_exit = True
-                # The dispatcher, the watch, and the supervisor, which would start the engine again.
-                for task in tasks[-3:]:
+                for task in ours:  # the supervisor among them, which would start the engine again
                     task.cancel()
+                await model.jobs.close()
                 await grpc_server.stop()
                 await engine.stop()
                 with contextlib.suppress(asyncio.TimeoutError):  # large answers go on to slow readers
@@ -137,9 +140,11 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
             app.openapi = lambda: get_openapi(title="diffusion-runtime", version=__version__, routes=ours)
             app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, keys=keys)
 
-            async def http_error(_: Request, error: Exception) -> JSONResponse:
+            async def http_error(request: Request, error: Exception) -> JSONResponse:
                 assert isinstance(error, HTTPException)
-                return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+                path, status = request.scope["path"], error.status_code
+                headers = {**(error.headers or {}), **error_headers(path, status)}
+                return JSONResponse(error_body(path, status, str(error.detail)), status, headers)
 
             app.add_exception_handler(HTTPException, http_error)
 
@@ -170,7 +175,10 @@ async def _drain(model: DiffusionModel, grace_period: int) -> None:
     """Finish accepted work while new work gets 503; a moment before the grace period ends, tell the rest."""
     log(logging.INFO, "stopping: accepted work finishes, new work gets 503", waiting=model.scheduler.depth)
     try:
-        await asyncio.wait_for(model.scheduler.drain(), max(1.0, grace_period - 3.0))
+        async with asyncio.timeout(max(1.0, grace_period - 3.0)):
+            model.jobs.stop_taking()
+            await model.scheduler.drain()
+            await model.jobs.settled()
     except TimeoutError:
         model.scheduler.abort("the server is shutting down; send the request again")
     await asyncio.sleep(0.2)  # the last answers leave the sockets

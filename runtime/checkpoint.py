@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from runtime.errors import StartupError, shown
 
 # The stems that diffusers and transformers save models under. Each prefers its own where a folder holds both.
@@ -58,6 +56,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
     Raises StartupError where the file cannot be read, or where header and file size show it truncated or corrupt.
     """
+    from safetensors import SafetensorError, safe_open  # here: the server's half has no such package
+
     tensors = {}
     try:
         with safe_open(path, framework="np") as file:  # reads no tensor; compares header and file size

@@ -66,11 +66,14 @@ class CostModel:
         while len(self._seen) > KEEP:
             del self._seen[next(iter(self._seen))]
 
+    def stages(self, request: GenerationRequest) -> dict[str, float]:
+        """Seconds on the device of one picture or video, by stage, in their order; 0 while nothing is known."""
+        each = self._seen.get(_shape(request)) or {s: line.at(area(request)) for s, line in self._lines.items()}
+        return {stage: seconds * (steps(request) if stage == "denoise" else 1) for stage, seconds in each.items()}
+
     def predict(self, request: GenerationRequest) -> float:
         """Seconds on the device; 0 while nothing is known."""
-        each = self._seen.get(_shape(request)) or {s: line.at(area(request)) for s, line in self._lines.items()}
-        total = sum(seconds * (steps(request) if stage == "denoise" else 1) for stage, seconds in each.items())
-        return total * request.n
+        return sum(self.stages(request).values()) * request.n
 
     def step(self, request: GenerationRequest) -> float:
         """Seconds between two signs of life of a request at work."""

@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
@@ -37,6 +38,11 @@ class DiffusionError(Exception):
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    @property
+    def code(self) -> str:
+        """The class's name in snake case, for clients that branch on a word."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
 
 class InvalidRequest(DiffusionError):

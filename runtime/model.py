@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -22,11 +23,44 @@ from runtime.engine.client import READY, UNLOADED, EngineClient, fatal
 from runtime.errors import InvalidRequest, ModelNotFound, NotImplementedHere, NotReady, StartupError, shown
 from runtime.families.requests import RequestChecker
 from runtime.idempotency import MAX_KEY_LENGTH, Idempotency
+from runtime.jobs.manager import Jobs
+from runtime.jobs.open import open_stores
 from runtime.logs import credential, log, request_id
 from runtime.protocol import v1, v2
-from runtime.scheduler import Scheduler
+from runtime.scheduler import Job, Scheduler
 from runtime.settings import Settings
 from runtime.types import Estimate, GenerationRequest, GenerationResult
+
+
+@dataclass
+class Count:
+    """What a call's end adds to the metrics."""
+
+    prompts: int = 1
+    outcome: str | None = "ok"  # None adds nothing
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Rows that were checked; their pictures are not decoded yet. `timeout` is in seconds, infinity where none is
+    asked for."""
+
+    checker: RequestChecker
+    values: list[dict[str, Any]]
+    drafts: list[GenerationRequest]
+    costs: list[float]
+    label: str
+    timeout: float
+    dry_run: bool
+
+    async def complete(self) -> list[GenerationRequest]:
+        """The requests, pictures decoded. Raises InvalidRequest."""
+        if not any(values.get("images") for values in self.values):
+            return self.drafts
+        return await asyncio.to_thread(
+            lambda: [_named(self.label, i, self.checker.complete, values) for i, values in enumerate(self.values)]
+        )
+
 
 MAX_ENGINE_FAILURES = 3  # in a row; then the process ends and Kubernetes takes over
 BACKOFF_SECONDS = 1.0  # before the first restart of a dead engine; doubles with each
@@ -44,6 +78,19 @@ class DiffusionModel(Model):  # type: ignore[misc]
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._idempotency = Idempotency(settings.idempotency_hold_s)
+        self.jobs = Jobs(
+            self,
+            lambda: open_stores(
+                settings.data_dir,
+                settings.output_uri,
+                settings.storage,
+                settings.lifetimes,
+                settings.job_lease_s,
+            ),
+            settings.lifetimes,
+            settings.job_lease_s,
+            settings.log_prompts,
+        )
         self._watch_metrics()
 
     # --- KServe's lifecycle: loading is the supervisor's; these must neither load nor claim readiness
@@ -58,11 +105,20 @@ class DiffusionModel(Model):  # type: ignore[misc]
         pass
 
     async def healthy(self) -> bool:
-        return self.engine.state == READY and self._checker is not None and not self.scheduler.draining
+        return (
+            self.engine.state == READY
+            and self._checker is not None
+            and self.jobs.opened
+            and not self.scheduler.draining
+        )
 
     def describe(self) -> str:
         """Why the model is not ready, in words."""
-        return "draining: the server is shutting down" if self.scheduler.draining else self.engine.describe()
+        if self.scheduler.draining:
+            return "draining: the server is shutting down"
+        if self._checker is not None and not self.jobs.opened:
+            return "opening the store of jobs"
+        return self.engine.describe()
 
     async def supervise(self) -> None:
         """Keep an engine running. Raises StartupError when the model cannot be loaded or the engine keeps dying."""
@@ -158,27 +214,36 @@ class DiffusionModel(Model):  # type: ignore[misc]
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
     ) -> dict[str, Any] | InferResponse:
         """v1: a decoded JSON body to a body whose media are `Base64`. v2: InferRequest to InferResponse."""
-        checker, most, headers = self.checker, self._settings.max_instances, headers or {}
-        v1_request = not isinstance(payload, InferRequest)
-        protocol = "v1" if v1_request else "grpc" if payload.from_grpc else "v2"
-        prompts = 1
+        if isinstance(payload, InferRequest):
+            with self.counted("grpc" if payload.from_grpc else "v2") as count:
+                rows, label = self.decoded(payload)
+                results = await self.generate(rows, label, headers or {}, count)
+            return v2.encode(results, payload, self.name, payload.id or request_id.get())
+        with self.counted("v1") as count:
+            rows, label = self.decoded(payload)
+            results = await self.generate(rows, label, headers or {}, count)
+        return v1.encode(results, self.name)
+
+    def decoded(self, payload: Any) -> tuple[list[dict[str, Any]], str]:
+        """The fields of each prompt of a v1 body or an InferRequest, and what to call a prompt in messages."""
+        checker, most = self.checker, self._settings.max_instances
+        if not isinstance(payload, InferRequest):
+            return v1.decode(payload, most), "instances"
+        v2.requested(payload, checker.media)
+        rows = v2.decode(payload, checker.schema, most)
+        return rows, "prompt" if len(rows) > 1 else ""
+
+    @contextlib.contextmanager
+    def counted(self, protocol: str) -> Iterator[Count]:
+        """Counts the prompts of one call by how the block ends."""
+        count = Count()
         try:
-            if v1_request:
-                rows = v1.decode(payload, most)
-            else:
-                v2.requested(payload, checker.media)
-                rows = v2.decode(payload, checker.schema, most)
-            prompts = len(rows)
-            label = "instances" if v1_request else "prompt" if prompts > 1 else ""
-            results = await self._generate(rows, label, headers)
+            yield count
         except BaseException as error:
-            metrics.REQUESTS.labels(self.name, protocol, metrics.outcome(error)).inc(prompts)
+            metrics.REQUESTS.labels(self.name, protocol, metrics.outcome(error)).inc(count.prompts)
             raise
-        outcome = "dry_run" if isinstance(results[0], Estimate) else "ok"
-        metrics.REQUESTS.labels(self.name, protocol, outcome).inc(prompts)
-        if v1_request:
-            return v1.encode(results, self.name)
-        return v2.encode(results, payload, self.name, payload.id or request_id.get())
+        if count.outcome is not None:
+            metrics.REQUESTS.labels(self.name, protocol, count.outcome).inc(count.prompts)
 
     @property
     def checker(self) -> RequestChecker:
@@ -187,27 +252,58 @@ class DiffusionModel(Model):  # type: ignore[misc]
             raise NotReady(f"the model is not ready ({self.describe()})", retry_after=5)
         return self._checker
 
-    async def _generate(
-        self, rows: list[dict[str, Any]], label: str, headers: Mapping[str, str]
+    async def generate(
+        self,
+        rows: list[dict[str, Any]],
+        label: str,
+        headers: Mapping[str, str],
+        count: Count,
+        watch: Callable[[list[Job]], None] = lambda jobs: None,
     ) -> list[GenerationResult] | list[Estimate]:
-        """Check every row before any of them costs anything, then run them. `label` names a row in messages."""
-        checker, scheduler, begun = self.checker, self.scheduler, time.monotonic()
-        checked = [_named(label, i, checker.check, row) for i, row in enumerate(rows)]
-        drafts = [_named(label, i, checker.draft, values) for i, values in enumerate(checked)]
-        costs = [scheduler.costs.predict(draft) for draft in drafts]
-        timeout = min(self._timeout(headers), *(values["timeout"] or math.inf for values in checked))
-        if _dry_run(headers) or any(values["dry_run"] for values in checked):
-            waits = itertools.accumulate([scheduler.wait_seconds(), *costs[:-1]])
-            return [Estimate(*estimate) for estimate in zip(drafts, costs, waits, strict=True)]
-        with scheduler.admit(costs):
-            requests = drafts
-            if any(values.get("images") for values in checked):
-                requests = await asyncio.to_thread(
-                    lambda: [_named(label, i, checker.complete, values) for i, values in enumerate(checked)]
-                )
-            jobs = scheduler.enqueue(requests, request_id.get(), checker.batch_key, begun + timeout)
+        """Check every row before any of them costs anything, then run them. `label` names a row in messages; `watch`
+        is given the scheduler's jobs once they wait."""
+        count.prompts, begun = len(rows), time.monotonic()
+        checked = self.check(rows, label, headers)
+        timeout = min(checked.timeout, float(self._settings.max_timeout))
+        if checked.dry_run:
+            count.outcome = "dry_run"
+            waits = itertools.accumulate([self.scheduler.wait_seconds(), *checked.costs[:-1]])
+            return [Estimate(*told) for told in zip(checked.drafts, checked.costs, waits, strict=True)]
+        with self.scheduler.admit(checked.costs):
+            requests = await checked.complete()
+            jobs = self.enqueue(requests, request_id.get(), begun + timeout)
+        watch(jobs)
+        return await self.finish(jobs, timeout, begun)
+
+    def check(self, rows: list[dict[str, Any]], label: str, headers: Mapping[str, str]) -> Checked:
+        """All that can be said against the rows before their pictures are decoded. Raises InvalidRequest, NotReady."""
+        checker = self.checker
+        values = [_named(label, i, checker.check, row) for i, row in enumerate(rows)]
+        drafts = [_named(label, i, checker.draft, row) for i, row in enumerate(values)]
+        return Checked(
+            checker,
+            values,
+            drafts,
+            [self.scheduler.costs.predict(draft) for draft in drafts],
+            label,
+            min(self._timeout(headers), *(row["timeout"] or math.inf for row in values)),
+            _dry_run(headers) or any(row["dry_run"] for row in values),
+        )
+
+    def enqueue(
+        self,
+        requests: list[GenerationRequest],
+        identity: str,
+        deadline: float = math.inf,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> list[Job]:
+        """The scheduler's jobs for checked requests. Raises NotReady."""
+        return self.scheduler.enqueue(requests, identity, self.checker.batch_key, deadline, on_start)
+
+    async def finish(self, jobs: list[Job], seconds: float, begun: float) -> list[GenerationResult]:
+        """The jobs' results, logged and counted. Raises what `Scheduler.results` raises."""
         try:
-            results = await scheduler.results(jobs, timeout, begun)
+            results = await self.scheduler.results(jobs, seconds, begun)
         except BaseException as error:
             for job in jobs:
                 self._log_request(job.request, metrics.outcome(error), {"total": time.monotonic() - job.admitted})
@@ -218,11 +314,11 @@ class DiffusionModel(Model):  # type: ignore[misc]
         return results
 
     def _timeout(self, headers: Mapping[str, str]) -> float:
-        """Seconds of the header X-Request-Timeout, or the longest that is allowed. Raises InvalidRequest."""
+        """Seconds of the header X-Request-Timeout; infinity without one. Raises InvalidRequest."""
         most = float(self._settings.max_timeout)
         text = headers.get("x-request-timeout")
         if text is None:
-            return most
+            return math.inf
         try:
             seconds = float(text)
         except ValueError:

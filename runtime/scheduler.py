@@ -48,7 +48,10 @@ class Job:
     expired: bool = False
     ticket: Ticket | None = field(default=None, repr=False)
     progress: Progress | None = None
+    fraction: float = 0.0  # from 0 to 1, never back, but for a job that is run once more
+    advanced: float = 0.0  # when it last went on
     logged: float = 0.0
+    on_start: Callable[[], None] = field(default=lambda: None, repr=False)
 
     @property
     def state(self) -> str:
@@ -64,10 +67,11 @@ class Job:
         """Predicted device seconds that are left."""
         if self.started is None:
             return self.cost
-        spent, progress = time.monotonic() - self.started, self.progress
-        if progress is not None and progress.stage == "denoise" and progress.step:
-            return max(0.0, spent / progress.step * (progress.total - progress.step))
-        return max(0.0, self.cost * max(1.0, self.batch_pictures / self.request.n) - spent)
+        now = time.monotonic()
+        if self.fraction and self.progress is not None and self.progress.stage == "denoise":  # its own speed
+            spent = self.advanced - self.started
+            return max(0.0, spent / self.fraction * (1 - self.fraction) - (now - self.advanced))
+        return max(0.0, self.cost * max(1.0, self.batch_pictures / self.request.n) - (now - self.started))
 
 
 class Scheduler:
@@ -138,28 +142,30 @@ class Scheduler:
         request_id: str,
         batch_key: Callable[[GenerationRequest], GenerationRequest | None],
         deadline: float = math.inf,
+        on_start: Callable[[], None] = lambda: None,
     ) -> list[Job]:
         """Jobs for requests that were admitted; to be called inside `admit`. Jobs of equal keys may run together.
-        `deadline` is on the monotonic clock."""
+        `deadline` is on the monotonic clock; `on_start` is called when one of them begins to run."""
         loop = asyncio.get_running_loop()
         jobs = []
         for i, request in enumerate(requests):
             name = request_id if len(requests) == 1 else f"{request_id}-{i}"
             cost, trace = self.costs.predict(request), trace_id.get() or None
             key = batch_key(request) if self._max_batch_size > 1 else None
-            jobs.append(Job(request, request_id, name, loop.create_future(), cost, trace, key, deadline))
+            future = loop.create_future()
+            jobs.append(Job(request, request_id, name, future, cost, trace, key, deadline, on_start=on_start))
         self._waiting.extend(jobs)
         self._wake.set()
         return jobs
 
     async def results(self, jobs: list[Job], seconds: float, begun: float) -> list[GenerationResult]:
-        """The jobs' results, in order. When one fails, or `seconds` have passed since `begun`, or the caller is
-        cancelled, the rest are stopped.
+        """The jobs' results, in order. When one fails, or `seconds` (infinity: never) have passed since `begun`, or
+        the caller is cancelled, the rest are stopped.
 
         Raises DeadlineExceeded, NotReady and what the engine raises.
         """
         try:
-            async with asyncio.timeout(begun + seconds - time.monotonic()):
+            async with asyncio.timeout(None if seconds == math.inf else begun + seconds - time.monotonic()):
                 return list(await asyncio.gather(*(job.result for job in jobs)))
         except TimeoutError:
             for job in jobs:
@@ -220,6 +226,7 @@ class Scheduler:
             for job, ticket in zip(batch, tickets, strict=True):
                 job.ticket, job.started, job.attempts = ticket, time.monotonic(), job.attempts + 1
                 job.batch_pictures = pictures
+                job.on_start()
                 task = asyncio.create_task(self._deliver(job, ticket))
                 self._running[task] = job
                 task.add_done_callback(lambda task: self._running.pop(task, None))
@@ -263,14 +270,25 @@ class Scheduler:
     def _on_progress(self, job: Job) -> Any:
         def advanced(progress: Progress) -> None:
             before = job.progress.step if job.progress and job.progress.stage == progress.stage else 0
-            job.progress = progress
+            job.progress, job.advanced = progress, (now := time.monotonic())
+            job.fraction = max(job.fraction, self._fraction(job.request, progress))
             self.on_advance(progress.stage, max(0, progress.step - before))
-            now = time.monotonic()
             if now - max(job.logged, job.started or now) > LOG_PROGRESS_SECONDS:
                 job.logged = now
                 log(logging.INFO, "progress", **_ids(job), **progress_fields(job))
 
         return advanced
+
+    def _fraction(self, request: GenerationRequest, progress: Progress) -> float:
+        """How much of the predicted seconds lies behind `progress`, whose steps count all n pictures."""
+        seconds = self.costs.stages(request)
+        if progress.stage not in seconds or not sum(seconds.values()):
+            seconds = {progress.stage: 1.0}
+        order = list(seconds)
+        before = sum(seconds[stage] for stage in order[: order.index(progress.stage)])
+        done = min(1.0, progress.step / max(1, progress.total)) * request.n  # pictures through this stage
+        finished = max(0, math.ceil(done) - 1)
+        return (finished + (before + (done - finished) * seconds[progress.stage]) / sum(seconds.values())) / request.n
 
     async def _deliver(self, job: Job, ticket: Ticket) -> None:
         try:
@@ -279,6 +297,7 @@ class Scheduler:
             if job.attempts < MAX_ATTEMPTS and self._engine.state != UNLOADED and not job.result.done():
                 log(logging.WARNING, "the engine ended under a request; it runs once more", **_ids(job))
                 job.ticket = job.started = job.progress = None
+                job.fraction = 0.0
                 self._waiting = deque(sorted([*self._waiting, job], key=lambda waiting: waiting.number))
                 self._wake.set()
             elif not job.result.done():
@@ -327,16 +346,14 @@ class Scheduler:
             running = [other.left() for other in self._running.values() if not other.result.done()]
             ahead = sum(other.left() for other in before) + max(running, default=0.0)
             told["position"] = len(before) + 1
+        told |= progress_fields(job)  # also of one that has ended: how far it came
         if job.state in (QUEUED, RUNNING):
-            told |= {**progress_fields(job), "eta_seconds": round(ahead + job.left(), 3)}
+            told["eta_seconds"] = round(ahead + job.left(), 3)
         return told
 
     def progress(self) -> float:
         """How far the running job is, from 0 to 1."""
-        for job in self._running.values():
-            if job.progress is not None and not job.result.done():
-                return job.progress.step / max(1, job.progress.total)
-        return 0.0
+        return next((job.fraction for job in self._running.values() if not job.result.done()), 0.0)
 
     async def drain(self) -> None:
         """Refuse new work and return when everything admitted is delivered."""
@@ -363,4 +380,5 @@ def _ids(job: Job) -> dict[str, Any]:
 def progress_fields(job: Job) -> dict[str, Any]:
     if job.progress is None:
         return {}
-    return {"stage": job.progress.stage, "step": job.progress.step, "total": job.progress.total}
+    told = {"stage": job.progress.stage, "step": job.progress.step, "total": job.progress.total}
+    return {**told, "progress": round(job.fraction, 4)}

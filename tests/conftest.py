@@ -27,10 +27,15 @@ READY_SECONDS = 120
 STOP_SECONDS = 60
 
 
+SEPARATE = ("gpu", "browser")  # markers of tests that need what not every machine has
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`-m gpu` runs the GPU tests and fails where there is no GPU; without it they are left out by name."""
-    if "gpu" not in (config.option.markexpr or ""):
-        chosen = [item for item in items if item.get_closest_marker("gpu") is None]
+    """`-m gpu` runs the GPU tests and fails where there is no GPU, `-m browser` those in Chromium; without it they are
+    left out by name."""
+    left_out = [marker for marker in SEPARATE if marker not in (config.option.markexpr or "")]
+    chosen = [item for item in items if not any(item.get_closest_marker(marker) for marker in left_out)]
+    if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
@@ -123,7 +128,8 @@ def start_server(folder: Path, log: Path, *flags: str, name: str = "tiny", **env
                 *("--http_port", str(http), "--grpc_port", str(grpc), "--log_format", "json", *flags),
             ],
             cwd=log.parent,
-            env=clean_environment(**environment),
+            # A server that is killed leaves its temporary folder behind.
+            env=clean_environment(TMPDIR=str(log.parent), **environment),
             stdout=output,
             stderr=subprocess.STDOUT,
         )

@@ -98,5 +98,6 @@ class ResultStore(Protocol):
 
 
 def describe(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """`metadata` as an object store takes it: short ASCII strings."""
-    return {name: str(value).encode("ascii", "backslashreplace").decode()[:200] for name, value in metadata.items()}
+    """`metadata` as an object store takes it: short lines of ASCII."""
+    lines = {name: " ".join(str(value).split()) for name, value in metadata.items()}
+    return {name: line.encode("ascii", "backslashreplace").decode()[:200] for name, line in lines.items()}

@@ -73,13 +73,16 @@ class Connection:
 class S3Source:
     """A model in a bucket. See `runtime.storage.source.Source`."""
 
-    def __init__(self, uri: str, options: StorageOptions) -> None:
-        """Reaches nothing yet. Raises StartupError for a URI or a configuration that is wrong in itself."""
+    def __init__(
+        self, uri: str, options: StorageOptions, setting: str = "MODEL_ID", read_seconds: float = READ_SECONDS
+    ) -> None:
+        """Reaches nothing yet. `setting` is what messages call the URI; `read_seconds` is how long an answer may take.
+        Raises StartupError for a URI or a configuration that is wrong in itself."""
         connection = connection_of(options)
-        self.bucket, self.prefix = parse(uri, connection.bucket)
+        self.bucket, self.prefix = parse(uri, connection.bucket, setting)
         self.uri = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
         self._endpoint = urlsplit(connection.endpoint).netloc if connection.endpoint else "AWS"
-        self.client = _client(self.uri, connection)
+        self.client = _client(self.uri, connection, read_seconds)
         self._ranges = Ranges(connection.verify)
 
     def files(self) -> tuple[RemoteFile, ...]:
@@ -230,16 +233,16 @@ def uploader(
     return put, clear
 
 
-def parse(uri: str, default_bucket: str | None) -> tuple[str, str]:
+def parse(uri: str, default_bucket: str | None, setting: str = "MODEL_ID") -> tuple[str, str]:
     """Bucket and prefix of s3://bucket/prefix or s3:///prefix; the prefix ends in /, so that it has no siblings."""
     bucket, _, path = uri.partition("://")[2].partition("/")
     if "@" in bucket:
-        raise StartupError("MODEL_ID s3://…@…: credentials do not belong in it; set AWS_ACCESS_KEY_ID and its secret")
+        raise StartupError(f"{setting} s3://…@…: credentials do not belong in it; set AWS_ACCESS_KEY_ID and its secret")
     bucket = bucket or default_bucket or ""
     if not bucket:
-        raise StartupError(f"MODEL_ID {shown(uri, 400)}: names no bucket, and AWS_S3_BUCKET is not set")
+        raise StartupError(f"{setting} {shown(uri, 400)}: names no bucket, and AWS_S3_BUCKET is not set")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", bucket) or not path.isprintable():
-        raise StartupError(f"MODEL_ID {shown(uri, 400)}: is no s3://bucket/prefix")
+        raise StartupError(f"{setting} {shown(uri, 400)}: is no s3://bucket/prefix")
     prefix = path.strip("/")
     return bucket, f"{prefix}/" if prefix else ""
 
@@ -322,7 +325,7 @@ def _with_scheme(endpoint: str, use_https: bool) -> str:
     return url.rstrip("/")
 
 
-def _client(uri: str, connection: Connection) -> Any:
+def _client(uri: str, connection: Connection, read_seconds: float) -> Any:
     try:
         session = boto3.Session(
             aws_access_key_id=connection.access_key,
@@ -338,8 +341,8 @@ def _client(uri: str, connection: Connection) -> Any:
                 signature_version=UNSIGNED if connection.anonymous else "s3v4",  # presigning would take version 2
                 s3={"addressing_style": "auto" if connection.virtual_hosts else "path"},
                 retries={"mode": "standard", "total_max_attempts": 1},  # ours, in `fetch`
-                connect_timeout=CONNECT_SECONDS,
-                read_timeout=READ_SECONDS,
+                connect_timeout=min(CONNECT_SECONDS, read_seconds),
+                read_timeout=read_seconds,
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",  # some stores give the whole object's with a range
             ),

@@ -34,7 +34,7 @@ bucket=my-storage connection=aws-connection-my-storage endpoint='' region=${AWS_
 access_key='' secret_key=''
 trial_store='' store_image=docker.io/rclone/rclone:1.75.2
 cache=100Gi cache_class='' monitoring=false template=false dashboard_namespace=redhat-ods-applications cluster_runtime=false
-models=()
+models=() api_keys=diffusion-api-keys api_key=''
 owner=diffusion-runtime-setup # the label by which --delete knows what is not somebody else's
 
 fail() {
@@ -117,8 +117,13 @@ if [ -z "$trial_store" ] && [ -n "$endpoint$access_key$secret_key" ]; then
     [ -n "$endpoint" ] && [ -n "$access_key" ] && [ -n "$secret_key" ] ||
         fail "a store needs all of --endpoint, --access-key and --secret-key-file"
 fi
+wants_keys=false
 for model in ${models[@]+"${models[@]}"}; do
     [ -f "$templates/$model.yaml" ] || fail "--model $model: there is no templates/$model.yaml"
+    if grep -q "secretName: $api_keys" "$templates/$model.yaml"; then wants_keys=true; fi
+    if [ -n "$trial_store" ] && grep -q -- --output_uri= "$templates/$model.yaml"; then
+        fail "--model $model keeps jobs in the store, and the trial store has no conditional writes; name another store"
+    fi
 done
 
 if [ -z "$cli" ]; then
@@ -135,7 +140,7 @@ if [ "$image" = "$placeholder" ] && [ "$mode" != delete ]; then
     say "no --image: the objects name $placeholder, which no cluster can pull"
 fi
 
-# --- the trial store's keys: made once, kept afterwards
+# --- keys of the trial store and of callers: made once, kept afterwards
 
 ours() { # KIND NAME: whether an apply made it
     [ "$("$cli" -n "$namespace" get "$1" "$2" -o 'jsonpath={.metadata.labels.app\.kubernetes\.io/managed-by}' 2>/dev/null)" = $owner ]
@@ -157,6 +162,11 @@ if [ -n "$trial_store" ]; then
     fi
 fi
 [ "$mode" = apply ] || [ -z "$secret_key" ] || secret_key=not-shown
+
+if $wants_keys && [ "$mode" = print ]; then api_key=not-shown; fi
+if $wants_keys && [ "$mode" = apply ]; then
+    "$cli" -n "$namespace" get secret $api_keys -o 'jsonpath={.metadata.name}' >/dev/null 2>&1 || api_key=$(random 40)
+fi
 
 # --- the objects
 
@@ -358,6 +368,22 @@ YAML
     sed 's/^/    /' "$templates/monitoring/grafana-dashboard.json"
 }
 
+keys_object() { # whoever sends one of its lines as X-API-Key may call
+    [ -n "$api_key" ] || return 0
+    cat <<YAML
+---
+apiVersion: v1
+kind: Secret
+metadata:
+  name: $api_keys
+  labels:
+    app.kubernetes.io/managed-by: $owner
+type: Opaque
+stringData:
+  keys: '$api_key'
+YAML
+}
+
 model_objects() {
     for model in ${models[@]+"${models[@]}"}; do
         if [ "$model" = glm-image-keda ] && [ "$platform" = openshift ]; then
@@ -375,6 +401,7 @@ objects() { # everything of the namespace but volumes, models last
     store_objects
     runtime_objects
     monitoring_objects
+    keys_object
     model_objects
 }
 
@@ -407,6 +434,7 @@ apply)
     if $cluster_runtime; then from diffusers-cluster-serving-runtime.yaml | "$cli" apply -f - >&2; fi
     if $template; then from diffusers-template.yaml | on_cluster "$dashboard_namespace" apply >&2; fi
     [ -n "$secret_key" ] || say "no store was named: no data connection was made (--endpoint … or --trial-store SIZE)"
+    if $wants_keys; then say "callers' key: $cli -n $namespace get secret $api_keys -o 'jsonpath={.data.keys}' | base64 -d"; fi
     say "done; next: $cli -n $namespace apply -f templates/…, and $cli -n $namespace get inferenceservice"
     ;;
 delete)
@@ -419,6 +447,7 @@ delete)
                 -p "[{\"op\": \"remove\", \"path\": \"/data/$connection\"}]" >/dev/null 2>&1 || true
         fi
     fi
+    if ours secret $api_keys; then "$cli" -n "$namespace" delete --ignore-not-found secret $api_keys >&2; fi
     if $cluster_runtime; then from diffusers-cluster-serving-runtime.yaml | "$cli" delete --ignore-not-found -f - >&2; fi
     if $template; then from diffusers-template.yaml | on_cluster "$dashboard_namespace" delete --ignore-not-found >&2; fi
     if $with_data; then

@@ -183,3 +183,136 @@ def upload(media: dsl.Input[dsl.Artifact], sheet: dsl.Input[dsl.HTML], bucket: s
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         store.upload_file(str(path), bucket, f"{prefix}/{name}", ExtraArgs={"ContentType": kind})
     return f"s3://{bucket}/{prefix}/index.html"
+
+
+@dsl.component(base_image=BASE_IMAGE)
+def generate_video_job(
+    prompt: str,
+    media: dsl.Output[dsl.Artifact],
+    service_url: str,
+    fields: dict = {},  # noqa: B006 (KFP reads it, nobody changes it)
+    name: str = "video",
+    patience_s: int = 14400,
+    unreachable_s: int = 1800,
+    token_file: str = "",
+    api_key_file: str = "",
+) -> str:
+    """Make one long video as a job of the service; the job's id is the output.
+
+    `fields` are those of POST /v1/videos beside the prompt (size, seconds, num_frames, seed, ...). The video comes as
+    NAME.mp4 into `media`, with an index.json as `generate` writes it, for `contact_sheet` and `upload`. Nothing hangs
+    on one connection: progress is printed while the job runs, and a service that cannot be reached is asked again for
+    `unreachable_s` seconds. A retry of the step finds its job again by an idempotency key, unless that job has failed:
+    then it makes a new one. When `patience_s` seconds have passed, when the step is stopped (SIGTERM) and on every
+    other failure the job is cancelled, so that no GPU works for nobody; killed without a signal, it runs on for the
+    retry.
+    """
+    import contextlib
+    import hashlib
+    import http.client
+    import json
+    import pathlib
+    import re
+    import shutil
+    import signal
+    import sys
+    import time
+    import urllib.error
+    import urllib.request
+
+    base = f"{service_url.rstrip('/')}/v1/videos"
+    folder = pathlib.Path(media.path)
+    deadline = time.monotonic() + patience_s
+    headers = {"Content-Type": "application/json"}
+    if token_file:
+        headers["Authorization"] = f"Bearer {pathlib.Path(token_file).read_text().strip()}"
+    if api_key_file:
+        headers["X-API-Key"] = pathlib.Path(api_key_file).read_text().split()[0]
+
+    class Refused(Exception):
+        """The service's final word: `status` and its reason."""
+
+        def __init__(self, status: int, reason: str) -> None:
+            super().__init__(f"{status}: {reason}")
+            self.status = status
+
+    def ask(method: str, address: str, take, body: bytes | None = None, **more: str):
+        """What `take` makes of the answer; what may pass is waited for. Raises Refused, TimeoutError."""
+        pause, lost = 1.0, None
+        while True:
+            request = urllib.request.Request(address, body, {**headers, **more}, method=method)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return take(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason, wait = error.read(2000).decode(errors="replace"), error.headers.get("Retry-After", "")
+                if error.code not in (429, 502, 503, 504):
+                    raise Refused(error.code, reason) from None
+                reason, delay = f"{error.code}: {reason}", float(wait) if wait.isdigit() else pause
+                lost = None if error.code == 429 else lost or time.monotonic()
+            except (
+                OSError,
+                ValueError,
+                http.client.HTTPException,
+            ) as error:  # no connection, or it broke in the middle
+                reason, delay, lost = f"{type(error).__name__}: {error}", pause, lost or time.monotonic()
+            now = time.monotonic()
+            if now + delay > deadline or (lost is not None and now + delay > lost + unreachable_s):
+                raise TimeoutError(f"gave up; the last answer was {reason}")
+            print(f"waiting {delay:g} s after {reason}", flush=True)
+            time.sleep(delay)
+            pause = min(pause * 2, 30.0)
+
+    def told(answer) -> tuple[dict, float]:
+        """A video object, and the seconds after which to ask again."""
+        wait = answer.headers.get("openai-poll-after-ms", "")
+        return json.load(answer), min(float(wait) / 1000 if wait.isdigit() else 5.0, 30.0)
+
+    def save(answer) -> None:
+        part = folder / f"{file}.part"
+        with part.open("wb") as target:
+            shutil.copyfileobj(answer, target)
+        if part.stat().st_size != int(answer.headers["Content-Length"]):
+            raise OSError("the video broke off")
+        part.rename(folder / file)
+
+    file = re.sub(r"[^\w.-]", "_", name).lstrip(".").removesuffix(".mp4") + ".mp4"
+    body = json.dumps({**fields, "prompt": prompt}, sort_keys=True).encode()
+    digest = hashlib.sha256(f"{name} ".encode() + body).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    job: dict = {}
+    try:
+        for attempt in range(100):  # the same body is the same job, until that has failed or its video is gone
+            job, wait = ask("POST", base, told, body, **{"Idempotency-Key": f"{digest}-{attempt}"})
+            if job["status"] != "failed" and (not job.get("expires_at") or job["expires_at"] > time.time() + 60):
+                break
+        print(f"job {job['id']}: {job['status']}", flush=True)
+        line = ""
+        while job["status"] in ("queued", "in_progress"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job['id']} is not done after {patience_s} s")
+            time.sleep(wait)
+            job, wait = ask("GET", f"{base}/{job['id']}", told)
+            eta = f", {job['eta_seconds']:.0f} s to go" if job.get("eta_seconds") else ""
+            told_now = f"{job['status']} {job['progress']} %"
+            if told_now != line:
+                line = told_now
+                print(f"job {job['id']}: {line}{eta}", flush=True)
+        if job["status"] != "completed":
+            raise RuntimeError(f"job {job['id']} failed: {job['error']['code']}: {job['error']['message']}")
+        ask("GET", f"{base}/{job['id']}/content", save)
+    except BaseException:
+        if job.get("status") in ("queued", "in_progress"):
+            print(f"cancelling job {job['id']}", flush=True)
+            with contextlib.suppress(Exception):
+                request = urllib.request.Request(f"{base}/{job['id']}", None, headers, method="DELETE")
+                urllib.request.urlopen(request, timeout=20).close()
+        raise
+    width, height = map(int, job["size"].split("x"))
+    kept = {k: v for k, v in job.items() if k in ("seed", "num_frames", "fps", "seconds", "model", "model_revision")}
+    entry = {"file": file, "prompt": prompt, "width": width, "height": height, "job": job["id"], **kept}
+    (folder / "index.json").write_text(json.dumps([entry], indent=1))
+    print(f"{file}: {(folder / file).stat().st_size} bytes", flush=True)
+    return job["id"]

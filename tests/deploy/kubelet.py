@@ -106,6 +106,11 @@ class Pod:
         for volume in self.merged["spec"]["volumes"]:
             place = self.folder / "volumes" / volume["name"]
             place.mkdir(parents=True)
+            if "secret" in volume:
+                for key, value in self.secrets[volume["secret"]["secretName"]].items():
+                    (place / key).write_text(value)
+                mounts.append((str(place), places[volume["name"]], True))
+                continue
             # kubelet makes an emptyDir writable for all; a claim belongs to the pod's group
             place.chmod(0o777 if "emptyDir" in volume else 0o2770)
             mounts.append((str(place), places[volume["name"]], False))
@@ -173,16 +178,20 @@ class Pod:
             process.terminate()
             process.wait()
 
-    def call(self, method: str, path: str, body: Any = None, timeout: float = 60) -> tuple[int, bytes]:
+    def call(
+        self, method: str, path: str, body: Any = None, timeout: float = 60, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """Status and body of a request to the pod, made inside its network."""
-        return self._threads.submit(self._call, method, path, body, timeout).result()
+        return self._threads.submit(self._call, method, path, body, timeout, headers).result()
 
     def later(self, method: str, path: str, body: Any) -> Any:
         return self._threads.submit(self._call, method, path, body, 60)
 
-    def _call(self, method: str, path: str, body: Any, timeout: float) -> tuple[int, bytes]:
+    def _call(
+        self, method: str, path: str, body: Any, timeout: float, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, method=method)
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers or {}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return answer.status, answer.read()

@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from PIL import Image
 from tests.deploy import kubelet
 from tests.deploy.kubelet import Pod
 from tests.deploy.manifests import merged, services, value_of
+from tests.jobs.seaweed import Store, seaweed
 from tests.storage.servers import hub_server
 
 pytestmark = pytest.mark.skipif(not kubelet.can_run(), reason="needs root, to make mounts and namespaces")
@@ -51,6 +53,7 @@ GROUPS = {
         ("glm-image-s3", "glm-image-keda"),
         ("wan-ti2v-5b-s3", "wan-i2v-a14b-s3", "wan-t2v-a14b-s3"),
     ),
+    "jobs": (("wan-t2v-a14b-jobs",),),
     "hub": (("redhat-dog-hf", "glm-image-hf", "tiny-sd-gpu"),),
     "nothing": (("tiny-cpu",),),
 }
@@ -155,6 +158,51 @@ def test_a_model_in_the_object_store(make: Run, tiny_models: Path, tmp_path: Pat
     assert CONNECTION["AWS_SECRET_ACCESS_KEY"] not in told
 
 
+@pytest.mark.parametrize("name", chosen("jobs"))
+def test_jobs_in_the_object_store(make: Run, tiny_models: Path, tmp_path: Path, name: str) -> None:
+    """SeaweedFS in the pod's network: the model is read from it, a job and its video lie in it."""
+    keys = {"keys": "first-secret-key\nsecond-secret-key\n"}
+    pod = make(name, secrets={"aws-connection-my-storage": CONNECTION, "diffusion-api-keys": keys})
+    key = {"X-API-Key": "second-secret-key"}
+    with contextlib.ExitStack() as stack:
+        store: Store = pod.inside(lambda: stack.enter_context(seaweed(tmp_path / "seaweed")))
+        bucket = CONNECTION["AWS_S3_BUCKET"]
+
+        def fill() -> None:
+            store.make_bucket(bucket)
+            with contextlib.closing(store.client()) as client:
+                for file in (tiny_models / family(name)).rglob("*"):
+                    if file.is_file():
+                        place = f"models/wan-t2v-a14b/{file.relative_to(tiny_models / family(name)).as_posix()}"
+                        client.upload_file(str(file), bucket, place)
+
+        def kept() -> list[str]:
+            with contextlib.closing(store.client()) as client:
+                listed = client.list_objects_v2(Bucket=bucket, Prefix=f"jobs/{name}/")
+                return [entry["Key"] for entry in listed.get("Contents", [])]
+
+        pod.inside(fill)
+        pod.more |= {**store.env}
+        pod.start(HURRY)
+        video = {"prompt": "a fox", "size": "64x64", "num_inference_steps": 2, "seed": 7, "num_frames": 5}
+        assert pod.call("POST", "/v1/videos", video)[0] == 401
+        status, content = pod.call("POST", "/v1/videos", video, headers=key)
+        assert status == 200, content
+        place = f"/v1/videos/{json.loads(content)['id']}"
+        while (job := json.loads(pod.call("GET", place, headers=key)[1]))["status"] in ("queued", "in_progress"):
+            time.sleep(0.2)
+        assert job["status"] == "completed", job
+        status, data = pod.call("GET", f"{place}/content", headers=key)
+        assert status == 200
+        with av.open(io.BytesIO(data)) as opened:
+            assert sum(1 for _ in opened.decode(video=0)) == 5
+        assert any(entry.endswith(".mp4") for entry in pod.inside(kept))
+        code, _ = pod.terminate()
+        assert code == 0 and not pod.misses, pod.text()
+    assert store.secret not in pod.text() and "second-secret-key" not in pod.text()
+    assert not list((tmp_path / "volumes" / "data").iterdir()), "nothing is kept in the pod"
+
+
 @pytest.mark.parametrize("name", chosen("hub"))
 def test_a_model_of_the_hub(make: Run, tiny_models: Path, tmp_path: Path, name: str) -> None:
     """HF_ENDPOINT points at the stand-in; everything else is the template's."""
@@ -193,8 +241,7 @@ def test_the_root_is_read_only_for_the_pod(make: Run, tiny_models: Path) -> None
     pod = make("redhat-dog", models=tiny_models / "sd3")
     inside = ["nsenter", f"--target={pod.pid}", "--mount", "--pid", f"--root=/proc/{pod.pid}/root"]
     user = ["setpriv", f"--reuid={pod.uid}", "--regid=0", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
-    script = (
-        "for d in / /app /opt/venv /mnt/models /usr /etc /tmp /dev/shm; do touch $d/x 2>/dev/null && echo $d; done; :"
-    )
+    places = "/ /data /app /opt/venv /mnt/models /usr /etc /tmp /dev/shm"
+    script = f"for d in {places}; do touch $d/x 2>/dev/null && echo $d; done; :"
     done = subprocess.run([*inside, *user, "sh", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["/tmp", "/dev/shm"]
+    assert done.stdout.split() == ["/data", "/tmp", "/dev/shm"]

@@ -282,9 +282,35 @@ def test_keda_is_asked_for_by_its_template_alone(tmp_path: Path) -> None:
     assert "kind: TriggerAuthentication" in asked.stdout
 
 
+def test_callers_keys_are_made_once_and_never_shown(cluster: Cluster, secret_file: str) -> None:
+    flags = ("--image", IMAGE, *STORE, secret_file, "--model", "wan-t2v-a14b-jobs")
+    dry = cluster.setup("--dry-run", *flags)
+    assert dry.returncode == 0 and "keys: 'not-shown'" in dry.stdout
+    done = cluster.setup(*flags)
+    assert done.returncode == 0, done.stderr
+    secret = cluster.held()["diffusion/Secret/diffusion-api-keys"]
+    key = secret["stringData"]["keys"]
+    assert re.fullmatch("[A-Za-z0-9]{40}", key) and key not in done.stderr + done.stdout
+    assert "PodDisruptionBudget/wan-t2v-a14b-jobs" in cluster.names()
+    assert cluster.setup(*flags).returncode == 0
+    assert cluster.held()["diffusion/Secret/diffusion-api-keys"] == secret, "kept"
+    assert cluster.setup("--image", IMAGE, "--model", "tiny-cpu").returncode == 0
+    assert cluster.setup("--delete").returncode == 0
+    assert "Secret/diffusion-api-keys" not in cluster.names()
+
+
+def test_callers_keys_of_others_stay(cluster: Cluster) -> None:
+    theirs = {"kind": "Secret", "metadata": {"name": "diffusion-api-keys"}, "stringData": {"keys": "their-own-key"}}
+    cluster.hold("diffusion/Secret/diffusion-api-keys", theirs)
+    assert cluster.setup("--image", IMAGE, "--model", "wan-t2v-a14b-jobs").returncode == 0
+    assert cluster.setup("--delete", "--model", "wan-t2v-a14b-jobs").returncode == 0
+    assert cluster.held()["diffusion/Secret/diffusion-api-keys"] == theirs
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (("--trial-store", "20Gi", "--model", "wan-t2v-a14b-jobs"), "no conditional writes"),
         (("--nmaespace", "x"), "--nmaespace is not a flag"),
         (("--namespace",), "needs a value"),
         (("--namespace", "Not_A_Name"), "--namespace Not_A_Name"),

@@ -37,7 +37,7 @@ LIBRARIES = {
 # What only the image sets. NVIDIA_VISIBLE_DEVICES is not among them: `all` would show every GPU to a pod that asked
 # for none.
 IMAGE_ONLY = {"PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "NVIDIA_DRIVER_CAPABILITIES"}
-PATHS = LIBRARIES - {"USER", "LOGNAME", "HF_HUB_OFFLINE", "HF_TOKEN"} | {"CACHE_DIR"}
+PATHS = LIBRARIES - {"USER", "LOGNAME", "HF_HUB_OFFLINE", "HF_TOKEN"} | {"CACHE_DIR", "DATA_DIR"}
 MARGIN_S = 10  # to end the engine and the last connections after the grace period
 SIZES = {"glm-image": 35e9, "a14b": 126e9, "5b": 34e9, "redhat-dog": 16e9, "tiny": 1e9}  # largest checkpoint, bytes
 SLOWEST = 70e6  # bytes a second that a start must bear
@@ -139,6 +139,10 @@ def test_everything_that_is_written_lies_on_a_volume(name: str) -> None:
         if variable["name"] in PATHS:
             assert any(f"{variable['value']}/".startswith(f"{mount}/") for mount in mounts), variable
     assert all(v["emptyDir"].get("sizeLimit") for v in pod["spec"]["volumes"] if "emptyDir" in v)
+    assert value_of(pod["container"], "data_dir") == "/data", "a folder below /tmp would end with the container"
+    (data,) = [v["emptyDir"] for v in pod["spec"]["volumes"] if v["name"] == mounts["/data"]]
+    most = int(value_of(pod["container"], "max_result_bytes") or Settings.model_fields["max_result_bytes"].default)
+    assert bytes_of(data["sizeLimit"]) >= most + 2**30, "records and what is just being written"
 
 
 @pytest.mark.parametrize("name", services())
@@ -241,8 +245,13 @@ def test_rollouts_and_replicas(name: str) -> None:
     if predictor["maxReplicas"] == 1:
         assert not others
         return
-    budget, scaler = others["PodDisruptionBudget"]["spec"], others["ScaledObject"]["spec"]
+    budget = others["PodDisruptionBudget"]["spec"]
     assert budget["selector"]["matchLabels"]["serving.kserve.io/inferenceservice"] == name
+    assert strategy["type"] == "RollingUpdate", "the others go on"
+    if predictor["minReplicas"] == predictor["maxReplicas"]:
+        assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "none"
+        return
+    scaler = others["ScaledObject"]["spec"]
     assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
     assert scaler["scaleTargetRef"]["name"] == f"{name}-predictor" and scaler["minReplicaCount"] == 1
     assert (scaler["minReplicaCount"], scaler["maxReplicaCount"]) == (
@@ -250,3 +259,20 @@ def test_rollouts_and_replicas(name: str) -> None:
         predictor["maxReplicas"],
     )
     assert f'model_name="{name}"' in scaler["triggers"][0]["metadata"]["query"]
+
+
+@pytest.mark.parametrize("name", services())
+def test_jobs_and_results(name: str) -> None:
+    """Pods of one service share jobs in a bucket of the connection, under a prefix of their own, behind keys."""
+    container, (_, service) = merged(name)["container"], services()[name]
+    uri = value_of(container, "output_uri")
+    if uri is None:
+        return
+    assert uri == f"s3://$(AWS_S3_BUCKET)/jobs/{name}/"
+    assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["aws-connection-my-storage"]
+    ttls = [int(value_of(container, f"{kind}_ttl_s") or 0) for kind in ("result", "job")]
+    assert int(value_of(container, "max_queue_seconds") or 0) < ttls[0] <= ttls[1]
+    path = Path(value_of(container, "api_key_file") or "")
+    (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == str(path.parent)]
+    (volume,) = [v for v in service["spec"]["predictor"]["volumes"] if v["name"] == mount["name"]]
+    assert mount["readOnly"] and "subPath" not in mount and volume["secret"]["secretName"] == "diffusion-api-keys"

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import parse_qs
 
 from runtime.errors import StartupError, Unauthorized
 from runtime.logs import log
@@ -17,14 +18,28 @@ SHORTEST = 8
 LARGEST_FILE = 2**20
 LOOK_SECONDS = 1.0  # between two looks at the file's status
 
-# What probes and Prometheus ask for; they carry no key. Each is a whole path, as the router sees it: decoded, and not
-# normalised by anybody.
+# What probes and Prometheus ask for, and the page that asks its reader for a key; they carry none. Each is a whole
+# path, as the router sees it: decoded, and not normalised by anybody.
 OPEN_PATHS = re.compile(
-    r"/|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/[^/]+)?/ready|/v1/models/[^/:]+", re.ASCII
+    r"/|/health|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/[^/]+)?/ready|/v1/models/[^/:]+"
+    r"|/ui(/|/[a-z]+\.(js|css))?",
+    re.ASCII,
 )
 OPEN_METHODS = frozenset(
     f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")
 )
+
+
+SIGNED_PATHS = re.compile(r"(/openai)?/v1/jobs/[^/]+/content/[0-9]+", re.ASCII)
+
+
+def is_signed(method: str, path: str, query: bytes) -> bool:
+    """Whether this HTTP request comes with a signature instead of a key: its route must check it."""
+    return (
+        method in ("GET", "HEAD")
+        and SIGNED_PATHS.fullmatch(path) is not None
+        and "signature" in parse_qs(query.decode("latin-1"), keep_blank_values=True)
+    )
 
 
 def is_open(method: str, path: str) -> bool:

@@ -11,11 +11,12 @@ from typing import Any
 
 import orjson
 
-from runtime.access import Keys, is_open
+from runtime.access import Keys, is_open, is_signed
 from runtime.errors import DiffusionError, PayloadTooLarge, Unauthorized
 from runtime.logs import credential, log, request_scope, trace_context, unexpected, with_request_id
+from runtime.protocol.openai_errors import error_body, error_headers
 
-PROBES = ("/v2/health/", "/metrics")
+PROBES = ("/v2/health/", "/metrics", "/health")
 
 
 class Guard:
@@ -61,7 +62,8 @@ class _Exchange:
 
     async def run(self, app: Any, headers: dict[str, str], keys: Keys) -> None:
         try:
-            if not is_open(self._scope["method"], self._scope["path"]):
+            method, path = self._scope["method"], self._scope["path"]
+            if not is_open(method, path) and not is_signed(method, path, self._scope.get("query_string", b"")):
                 credential.set(keys.require(headers))
             self._limit(int(headers["content-length"]) if headers.get("content-length", "").isdigit() else 0)
             work = asyncio.create_task(app(self._scope, self.receive, self.send))
@@ -121,13 +123,21 @@ class _Exchange:
         headers = [] if error.retry_after is None else [(b"retry-after", str(error.retry_after).encode())]
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
-        await self._answer(error.http_status, text, headers)
+        await self._answer(error.http_status, text, headers, error)
 
-    async def _answer(self, status: int, text: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    async def _answer(
+        self,
+        status: int,
+        text: str,
+        headers: list[tuple[bytes, bytes]] | None = None,
+        error: DiffusionError | None = None,
+    ) -> None:
         if self._status:  # the response has begun: it can only be cut short
             return
-        body = orjson.dumps({"error": text})
+        path = self._scope["path"]
+        body = orjson.dumps(error_body(path, status, text, error))
         start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *(headers or [])]
+        start += [(name.encode(), value.encode()) for name, value in error_headers(path, status).items()]
         with contextlib.suppress(OSError):
             await self.send({"type": "http.response.start", "status": status, "headers": start})
             await self.send({"type": "http.response.body", "body": body})

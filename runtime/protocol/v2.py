@@ -352,6 +352,24 @@ def encode(
     )
 
 
+def envelope(request: InferRequest) -> dict[str, Any]:
+    """What of a request decides the form of its answer, as JSON values."""
+    outputs = [{"name": o.name, "parameters": o.parameters or {}} for o in request.request_outputs or []]
+    binary = (request.parameters or {}).get("binary_data_output") is True
+    return {"id": request.id, "binary": binary, "outputs": outputs}
+
+
+def from_envelope(kept: Mapping[str, Any], model_name: str) -> InferRequest:
+    """A request whose answer has the form of the one that `envelope` was made of; it has no inputs."""
+    return InferRequest(
+        model_name=model_name,
+        infer_inputs=[],
+        request_id=kept["id"],
+        parameters={"binary_data_output": kept["binary"]},
+        request_outputs=[RequestedOutput(o["name"], o["parameters"]) for o in kept["outputs"]] or None,
+    )
+
+
 def requested(request: InferRequest, kind: str) -> list[str]:
     """Names of the outputs the request asks for; none means all. Raises InvalidRequest for an unknown one."""
     names = [output.name for output in request.request_outputs or []]

@@ -7,7 +7,16 @@ from collections.abc import Callable
 from fastapi import APIRouter
 from kserve.model_repository import ModelRepository
 
-from runtime.routes import requests, v1, v2
+from runtime.routes import images, jobs, openai, requests, ui, v1, v2, videos
 
 # One line for each HTTP surface.
-ROUTERS: tuple[Callable[[ModelRepository], APIRouter], ...] = (v1.router, v2.router, requests.router)
+ROUTERS: tuple[Callable[[ModelRepository], APIRouter], ...] = (
+    v1.router,
+    v2.router,
+    requests.router,
+    openai.router,
+    images.router,
+    videos.router,
+    jobs.router,
+    ui.router,
+)

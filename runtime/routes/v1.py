@@ -1,30 +1,20 @@
-"""v1 over HTTP: /v1/models, /v1/models/{name}, /v1/models/{name}:predict."""
+"""v1 over HTTP: /v1/models/{name}:predict. The models themselves are told by openai.py, in both worlds' words."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 from kserve.model_repository import ModelRepository
 
-from runtime.errors import NotImplementedHere, NotReady
+from runtime.errors import NotImplementedHere
 from runtime.model import find_model
 from runtime.protocol import v1
 from runtime.protocol.wire import parse
+from runtime.routes.jobs import accepted, wants_async
 from runtime.routes.responses import json_body, json_response
 
 
 def router(repository: ModelRepository) -> APIRouter:
     routes = APIRouter(tags=["V1"])
-
-    @routes.get("/v1/models")
-    async def models() -> Response:
-        return json_response({"models": list(repository.get_models())})
-
-    @routes.get("/v1/models/{model_name}")
-    async def model_ready(model_name: str) -> Response:
-        model = find_model(repository, model_name)
-        if not await model.healthy():
-            raise NotReady(f"the model is not ready ({model.describe()})", retry_after=5)
-        return json_response({"name": model.name, "ready": True})
 
     @routes.post("/v1/models/{model_name}:predict", openapi_extra=json_body(v1.SCHEMA))
     async def predict(model_name: str, request: Request) -> Response:
@@ -32,6 +22,10 @@ def router(repository: ModelRepository) -> APIRouter:
         _ = model.checker  # 503 before the body is read
         body = await request.body()
         payload = parse(body)  # whatever the content type: curl's default is a form's
+        if wants_async(request.headers):
+            rows, label = model.decoded(payload)
+            job = await model.jobs.submit("v1", rows, label, request.headers, {}, body)
+            return accepted(model, job, request)
         return json_response(await model.answer(payload, request.headers, body))
 
     @routes.post("/v1/models/{model_name}:explain")

@@ -11,9 +11,8 @@ from kserve.model_repository import ModelRepository
 from runtime.model import DiffusionModel, find_model
 from runtime.protocol import v2
 from runtime.protocol.wire import parse
-from runtime.routes.responses import Chunked, json_body, json_response
-
-JSON_LENGTH = "inference-header-content-length"
+from runtime.routes.jobs import accepted, wants_async
+from runtime.routes.responses import JSON_LENGTH, infer_response, json_body, json_response
 
 
 def router(repository: ModelRepository) -> APIRouter:
@@ -61,12 +60,13 @@ def router(repository: ModelRepository) -> APIRouter:
         _ = model.checker  # 503 before the body is read
         body = await request.body()
         decoded = v2.rest_request(body, request.headers.get(JSON_LENGTH), model.name)
+        if wants_async(request.headers):
+            rows, label = model.decoded(decoded)
+            job = await model.jobs.submit("v2", rows, label, request.headers, v2.envelope(decoded), body)
+            return accepted(model, job, request)
         response = await model.answer(decoded, request.headers, body)
         assert isinstance(response, InferResponse)
-        parts, json_length = v2.rest_response(response, decoded)
-        if json_length is None:
-            return Chunked(parts, "application/json")
-        return Chunked(parts, "application/octet-stream", {JSON_LENGTH: str(json_length)})
+        return infer_response(response, decoded)
 
     @routes.get("/repository/index")
     @routes.post("/repository/index")

@@ -17,10 +17,10 @@ BASE_IMAGE        := $(shell sed -n 's/^FROM \(.*\) AS dependencies$$/\1/p' Cont
 STAMP             := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test test-gpu test-v1 test-v2 check format wheels build save load run push clean
+.PHONY: help setup demo dev test test-gpu test-browser test-v1 test-v2 check format wheels build save load run push clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install everything into it
 
@@ -48,6 +48,9 @@ test: setup ## Run the tests (TESTS=tests/server for a part)
 
 test-gpu: setup ## Run the tests that need a CUDA device; fails where there is none
 	@$(PY) -m pytest -q -m gpu tests
+
+test-browser: setup ## Run the tests of the page in the system's Chromium; fails where there is none
+	@$(PY) -m pytest -q -m browser tests/browser
 
 test-v1: setup ## Call the endpoint at URL over v1, save the result
 	@$(PY) -m runtime.demo call --url $(URL) --model $(MODEL) --protocol v1

@@ -36,18 +36,16 @@ def settings() -> str:
 
 
 def routes() -> str:
+    from fastapi import FastAPI
     from kserve.model_repository import ModelRepository
 
     from runtime.routes import ROUTERS
 
-    found = {
-        (route.path, method)
-        for router in ROUTERS
-        for route in router(ModelRepository()).routes
-        for method in sorted(getattr(route, "methods", ()))
-        if "{model_version}" not in route.path
-    }
-    return rows(("method", "path"), ((method, f"`{path}`") for path, method in sorted(found)))
+    app = FastAPI()
+    for router in ROUTERS:
+        app.include_router(router(ModelRepository()))
+    found = sorted((path, method.upper()) for path, methods in app.openapi()["paths"].items() for method in methods)
+    return rows(("method", "path"), ((method, f"`{path}`") for path, method in found))
 
 
 def errors() -> str:
@@ -83,6 +81,30 @@ def fields() -> str:
     )
 
 
+def protocols() -> str:
+    from runtime.families.base import COMMON
+    from runtime.protocol import openai
+
+    video_only = {"num_frames", "fps", "seconds", "guidance_scale_2", "flow_shift"}
+    pictures = [name for name in openai.VIDEO_PICTURES if name != "image"]
+    images = {**dict.fromkeys(video_only, "no"), "image": "edits"}
+    table = [(f"`{n}`", "yes", images.get(n, "yes"), "one only" if n == "n" else "yes") for n in COMMON]
+    choices = ", ".join(openai.RESPONSE_FORMATS)
+    table += [
+        ("`size`", "yes", "yes, or auto", "yes, or auto"),
+        ("`model`", "in the path", "the name or an alias", "the name or an alias"),
+        *((f"`{name}`", "`images`" if name == "images" else "no",
+           "edits" if name in openai.PICTURES else "no", "yes") for name in pictures),
+        ("`response_format`", "no", choices, "b64_json, url (`/v1/video/generations`)"),
+        ("`stream`", "no", "yes", "no"),
+        ("`background`", "no", ", ".join(openai.BACKGROUNDS), "no"),
+        ("`output_compression`", "no", "the quality of jpeg and webp; ignored for png", "no"),
+        *((f"`{name}`", "no", "ignored, and told so", "ignored, and told so") for name in sorted(openai.IGNORED)),
+        *((f"`{name}`", "no", f"refused: {reason}", "no") for name, reason in openai.REFUSED.items()),
+    ]  # fmt: skip
+    return rows(("field", "v1 and v2", "OpenAI images", "OpenAI videos"), table)
+
+
 def metrics() -> str:
     from prometheus_client.metrics import MetricWrapperBase
 
@@ -110,7 +132,7 @@ def sizing() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (settings, routes, errors, families, fields, metrics, sizing)
+    f.__name__: f for f in (settings, routes, errors, families, fields, protocols, metrics, sizing)
 }
 
 

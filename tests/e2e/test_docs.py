@@ -16,12 +16,12 @@ from PIL import Image
 from tests.conftest import ROOT, Serve, clean_environment
 
 API = ROOT / "docs" / "api.md"
-EXAMPLES = re.findall(r"```(sh|python)\n(.*?)```", API.read_text(), re.DOTALL)
+EXAMPLES = re.findall(r"```(sh|python)( video)?\n(.*?)```", API.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize(("language", "code"), EXAMPLES, ids=[f"{i}-{e[0]}" for i, e in enumerate(EXAMPLES)])
-def test_example_of_the_api_page(serve: Serve, tmp_path: Path, language: str, code: str) -> None:
-    server = serve("sd15")
+@pytest.mark.parametrize(("language", "video", "code"), EXAMPLES, ids=[f"{i}-{e[0]}" for i, e in enumerate(EXAMPLES)])
+def test_example_of_the_api_page(serve: Serve, tmp_path: Path, language: str, video: str, code: str) -> None:
+    server = serve("wan-ti2v-5b" if video else "sd15")
     code = code.replace("localhost:8080", server.http.removeprefix("http://")).replace("localhost:8081", server.grpc)
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, timeout=120)
@@ -32,7 +32,10 @@ def test_example_of_the_api_page(serve: Serve, tmp_path: Path, language: str, co
         if expected:
             assert answer == json.loads(expected.group(1))
         else:
-            assert answer.keys() & {"predictions", "outputs"}
+            assert answer.keys() & {"predictions", "outputs", "data", "status"}
+    elif video:
+        with av.open(str(tmp_path / "fox.mp4")) as clip:
+            assert sum(1 for _ in clip.decode(video=0)) == 25
     else:
         pictures = list(tmp_path.glob("*.png"))
         assert pictures, "the example saved no picture"
@@ -42,8 +45,16 @@ def test_example_of_the_api_page(serve: Serve, tmp_path: Path, language: str, co
 
 
 def test_there_are_examples_of_each_protocol() -> None:
-    text = "".join(code for _, code in EXAMPLES)
-    assert all(word in text for word in (":predict", "/infer", "tritonclient.http", "tritonclient.grpc"))
+    text = "".join(code for *_, code in EXAMPLES)
+    words = (
+        ":predict",
+        "/infer",
+        "tritonclient.http",
+        "tritonclient.grpc",
+        "images.generate",
+        "videos.create_and_poll",
+    )
+    assert all(word in text for word in (*words, "respond-async"))
 
 
 def test_tables_in_the_docs_are_up_to_date() -> None:

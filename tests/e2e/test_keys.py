@@ -46,7 +46,7 @@ CLOSED: list[tuple[str, str, Any, int]] = [
     ("GET", "/openapi.json", None, None),
     ("GET", "/nothing", None, 404),
 ]
-OPEN = ["/", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/tiny/ready", "/v1/models/tiny"]
+OPEN = ["/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/tiny/ready", "/v1/models/tiny"]
 
 
 def refused(answer: tuple[int, dict[str, str], bytes]) -> str:

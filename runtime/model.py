@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,13 +195,20 @@ class DiffusionModel(Model):  # type: ignore[misc]
 
     async def answer(self, payload: Any, headers: Mapping[str, str], body: bytes) -> dict[str, Any] | InferResponse:
         """What `predict` gives, once for all callers with the same Idempotency-Key and the same `body`."""
-        key = headers.get("idempotency-key")
-        if key is None and self._settings.join_by_request_id:
-            key = headers.get("x-request-id") or (payload.id if isinstance(payload, InferRequest) else None)
 
         async def work() -> Any:
             return (await self(payload, headers=dict(headers)))[0]
 
+        return await self.once(headers, body, work, payload.id if isinstance(payload, InferRequest) else None)
+
+    async def once(
+        self, headers: Mapping[str, str], body: bytes, work: Callable[[], Awaitable[Any]], identity: str | None = None
+    ) -> Any:
+        """What `work` gives, run once for all callers with the same Idempotency-Key and the same `body`. `identity` is
+        the request's own id, which is its key where JOIN_BY_REQUEST_ID says so. Raises InvalidRequest, Conflict."""
+        key = headers.get("idempotency-key")
+        if key is None and self._settings.join_by_request_id:
+            key = headers.get("x-request-id") or identity
         if not key:
             return await work()
         if len(key) > MAX_KEY_LENGTH:

@@ -227,10 +227,10 @@ def check_value(p: Parameter, value: Any) -> Any:
     if p.kind == "string":
         if not isinstance(value, str):
             raise refuse()
-        if any("\ud800" <= c <= "\udfff" for c in value):  # lone surrogates: legal in JSON, in no encoding
-            raise refuse("is not valid Unicode text")
         if p.max_length is not None and len(value) > p.max_length:
             raise refuse(f"is too long: {len(value)} characters, at most {p.max_length}")
+        if any("\ud800" <= c <= "\udfff" for c in value):  # lone surrogates: legal in JSON, in no encoding
+            raise refuse("is not valid Unicode text")
         if p.choices and value.lower() not in p.choices:
             raise refuse()
         return value.lower() if p.choices else value

@@ -11,7 +11,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -33,6 +33,7 @@ from runtime.idempotency import MAX_KEY_LENGTH
 from runtime.jobs.record import Job, JobError, JobProgress, JobRequest, Outcome, StoredMedia, StoredResult, new_id
 from runtime.jobs.store import Duplicate, JobStore, Lifetimes, ResultStore, Unavailable, describe
 from runtime.logs import credential, log, request_id, unexpected
+from runtime.metadata import metadata_of
 from runtime.types import GenerationRequest, GenerationResult
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Jobs:
         self._active: dict[str, _Active] = {}
         self._secret = secrets.token_bytes(32)
         self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def opened(self) -> bool:
@@ -131,8 +133,28 @@ class Jobs:
     ) -> Job:
         """Check, admit and keep a job; on return it survives a restart. `label` names a row in messages as in
         DiffusionModel.generate; `body` is what an Idempotency-Key in `headers` stands for: the same key and body give
-        the job that is there already. Raises what a synchronous request raises before it runs."""
+        the job that is there already. A caller that leaves meanwhile takes the job with it, unless it has a key.
+        Raises what a synchronous request raises before it runs."""
         key, fingerprint = await self._key(headers, body)
+        # Once the store has it, it must be run: no cancel may come between.
+        task = asyncio.create_task(self._submit(api, rows, label, headers, envelope, key, fingerprint))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not key:
+                self._background(self._forsaken(task))
+            raise
+
+    async def _submit(
+        self,
+        api: str,
+        rows: list[dict[str, Any]],
+        label: str,
+        headers: Mapping[str, str],
+        envelope: Mapping[str, Any],
+        key: str,
+        fingerprint: str,
+    ) -> Job:
         if key and (found := await self._call(self._store.find, key)):
             return await self._joined(found[0], found[1], fingerprint, headers)
         with self._model.counted("jobs") as count:
@@ -186,6 +208,9 @@ class Jobs:
             self._stop(active, "cancelled")
             assert active.task is not None
             await asyncio.wait([active.task])
+            ended = await self.get(job_id)
+            if ended.status == "completed":  # it was too late to cancel
+                await self._call(self._store.delete, job_id)
         else:
             await self._call(self._store.delete if job.outcome else self._store.cancel, job_id)
         return job
@@ -308,6 +333,15 @@ class Jobs:
             await asyncio.to_thread(self._store.release)
         await asyncio.to_thread(self._store.close)
 
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop itself keeps weak references only
+        task.add_done_callback(self._tasks.discard)
+
+    async def _forsaken(self, submitted: asyncio.Task[Job]) -> None:
+        with contextlib.suppress(DiffusionError):
+            await self.remove((await submitted).id)
+
     def _enqueue(self, active: _Active, requests: list[GenerationRequest]) -> None:
         active.jobs = self._model.enqueue(requests, active.request.id, on_start=lambda: self._started(active))
 
@@ -371,11 +405,14 @@ class Jobs:
 
     async def _again(self, active: _Active) -> Checked:
         """Check and enqueue a job that another process has accepted, once the model is there."""
-        while not await self._model.healthy():  # noqa: ASYNC110 (it has no event for all that it depends on)
+        while True:
+            while not await self._model.healthy():  # noqa: ASYNC110 (it has no event for all that it depends on)
+                await asyncio.sleep(0.2)
+            with contextlib.suppress(NotReady):  # the engine has died since
+                checked = self._model.check([dict(row) for row in active.request.rows], "", {})
+                self._enqueue(active, await checked.complete())
+                return checked
             await asyncio.sleep(0.2)
-        checked = self._model.check([dict(row) for row in active.request.rows], "", {})
-        self._enqueue(active, await checked.complete())
-        return checked
 
     async def _counted(self, active: _Active) -> None:
         if active.counted is not None:
@@ -392,9 +429,10 @@ class Jobs:
                     result, [f"{request.id}/{token}-{row}-{i}.{m.format}" for i, m in enumerate(result.media)]
                 )
                 for media, item in zip(told.media, result.media, strict=True):
-                    facts = {"seed": media.seed, "model-revision": told.model_revision, "job": request.id}
-                    if self._tell_prompts:
-                        facts["prompt"] = result.request.prompt
+                    facts = metadata_of(
+                        result.request, media.seed, self._model.name, told.model_revision, self._tell_prompts
+                    )
+                    facts["job"] = request.id
                     self._outputs.put(media.key, item.data, media.content_type, describe(facts))
                 stored.append(told)
             return tuple(stored)

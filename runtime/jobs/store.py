@@ -98,6 +98,6 @@ class ResultStore(Protocol):
 
 
 def describe(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """`metadata` as an object store takes it: short lines of ASCII."""
+    """`metadata` as an object store takes it, 2 KB in all at most: short lines of ASCII."""
     lines = {name: " ".join(str(value).split()) for name, value in metadata.items()}
-    return {name: line.encode("ascii", "backslashreplace").decode()[:200] for name, line in lines.items()}
+    return {name: line.encode("ascii", "backslashreplace").decode()[:400] for name, line in lines.items()}

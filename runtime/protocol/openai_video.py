@@ -18,8 +18,9 @@ LIST_DEFAULT, LIST_MOST = 20, 100
 VARIANTS = ("video", "thumbnail")
 
 
-def decode_video(raw: Mapping[str, Any], form: bool, schema: Schema, media: Media) -> Asked:
-    """A body of /v1/videos, /v1/videos/sync or /v1/video/generations. Raises InvalidRequest."""
+def decode_video(raw: Mapping[str, Any], form: bool, schema: Schema, media: Media, inline: bool) -> Asked:
+    """A body of /v1/video/generations (`inline`: it gives the video in its answer), /v1/videos or /v1/videos/sync.
+    Raises InvalidRequest."""
     if media != "video":
         raise InvalidRequest("model: it makes pictures; send the request to /v1/images/generations")
     values, pictures = split(raw, VIDEO_PICTURES)
@@ -33,6 +34,8 @@ def decode_video(raw: Mapping[str, Any], form: bool, schema: Schema, media: Medi
         raise InvalidRequest(f"n: {shown(raw['n'])} can't be used: a request makes one video")
     response_format = chosen(values, "response_format", ("b64_json", "url"))
     ignored = sorted(IGNORED & values.keys() - schema.parameters.keys())
+    if not inline and raw.get("response_format"):
+        ignored.append("response_format")
     fields = {name: value for name, value in values.items() if name not in ignored}
     return Asked(fields, pictures, response_format, False, tuple(ignored))
 

@@ -66,7 +66,7 @@ async def draw(repository: ModelRepository, request: Request, edit: bool) -> Res
             return accepted(model, job, request) if wants_async(headers) else await by_url(model, request, job)
         if asked.response_format == "file" and fields.get("n", 1) != 1:
             raise InvalidRequest("response_format: file is for one picture; n is more")
-        (result,) = await model.generate([fields], "", headers, count)
+        (result,) = await model.once(headers, body, lambda: model.generate([fields], "", headers, count))
     if isinstance(result, Estimate):
         return json_response(encode_estimate(result, known))
     if asked.response_format == "file":

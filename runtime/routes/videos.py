@@ -71,7 +71,7 @@ def router(repository: ModelRepository) -> APIRouter:
     async def generations(request: Request) -> Response:
         model = served(repository)
         with model.counted("openai") as count:
-            wanted = await read(repository, request)
+            wanted = await read(repository, request, inline=True)
             later = wants_async(request.headers)
             if (later or wanted.response_format == "url") and not wanted.dry_run:
                 count.prompts = 0
@@ -130,13 +130,13 @@ class Wanted:
     body: bytes
 
 
-async def read(repository: ModelRepository, request: Request) -> Wanted:
+async def read(repository: ModelRepository, request: Request, inline: bool = False) -> Wanted:
     """Raises InvalidRequest."""
     model = served(repository)
     checker = model.checker  # 503 before the body is read
     raw, form, body = await fields_of(request)
     check_name(repository, raw.get("model"))
-    asked = decode_video(raw, form, checker.schema, checker.media)
+    asked = decode_video(raw, form, checker.schema, checker.media, inline)
     fields = await filled(model, asked)
     checked = model.check([fields], "", request.headers)
     (draft,) = checked.drafts
@@ -147,8 +147,12 @@ async def read(repository: ModelRepository, request: Request) -> Wanted:
 
 
 async def made(model: DiffusionModel, request: Request, wanted: Wanted, count: Count) -> GenerationResult | Estimate:
-    (result,) = await model.generate([wanted.fields], "", request.headers, count)
-    return result
+    headers = request.headers
+    results: list[Any] = await model.once(
+        headers, wanted.body, lambda: model.generate([wanted.fields], "", headers, count)
+    )
+    made: GenerationResult | Estimate = results[0]
+    return made
 
 
 async def submitted(model: DiffusionModel, request: Request, wanted: Wanted) -> Job:

@@ -335,6 +335,9 @@ def test_results_are_fetched_from_the_store(shared: Callable[..., Server], objec
     assert url.startswith(object_store.endpoint)
     with urllib.request.urlopen(url) as answer:
         assert answer.headers["content-type"] == "video/mp4"
+        assert answer.headers["x-amz-meta-seed"] == "51"
+        assert '"num_frames": 5' in answer.headers["x-amz-meta-parameters"]
+        assert "x-amz-meta-prompt" not in answer.headers
         assert hashlib.sha256(answer.read()).hexdigest() == reference(server, {**QUICK, "seed": 51})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(url.replace("X-Amz-Signature=", "X-Amz-Signature=0"))

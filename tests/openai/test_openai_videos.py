@@ -57,14 +57,23 @@ def made(server: Server, **fields: Any) -> dict[str, Any]:
 def test_create_and_poll(serve: Serve, place: str) -> None:
     with sdk(serve("wan-t2v-a14b"), place) as client:
         video = client.videos.create_and_poll(
-            prompt="a fox", model="tiny", size=SIZE, poll_interval_ms=100, extra_body={**SMALL, "user": "me"}
+            prompt="a fox",
+            model="tiny",
+            size=SIZE,
+            poll_interval_ms=100,
+            extra_body={**SMALL, "user": "me", "response_format": "url"},
         )
         assert (video.status, video.progress, video.object, video.model) == ("completed", 100, "video", "tiny")
         assert (video.size, video.seconds, video.prompt) == ("64x96", "0.5", "a fox")
         assert video.completed_at and video.expires_at and video.created_at <= video.completed_at < video.expires_at
         assert video.error is None and video.remixed_from_video_id is None
         told = video.to_dict()
-        assert (told["seed"], told["num_frames"], told["fps"], told["ignored"]) == (7, 5, 8, ["user"])
+        assert (told["seed"], told["num_frames"], told["fps"], told["ignored"]) == (
+            7,
+            5,
+            8,
+            ["user", "response_format"],
+        )
         assert told["inference_time_s"] > 0 and "denoise" in told["stage_durations"]  # type: ignore[operator]
         content = client.videos.download_content(video.id)
         assert frames_of(content.read()) == (5, 64, 96, 8.0)

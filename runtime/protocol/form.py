@@ -70,7 +70,8 @@ def _part(part: bytes) -> tuple[str, str | bytes]:
     if _FILENAME.search(disposition):
         return name[1] or name[2], data
     try:
-        return name[1] or name[2], data.decode("utf-8")
+        # Browsers send the line ends of a text as CRLF; in JSON the same text has LF, and must draw the same.
+        return name[1] or name[2], data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:  # a file by its content, whatever its header says
         return name[1] or name[2], data
 

@@ -37,7 +37,7 @@ def drawn(server: Server, path: str, body: Any, headers: dict[str, str] | None =
 def test_a_form() -> None:
     body, headers = form(
         [
-            ("prompt", "ein Fuchs, größer"),
+            ("prompt", "ein Fuchs,\r\ngrößer"),
             ("image[]", b"\x89PNG\r\n--xyzz\r\n"),
             ("image[]", b""),
             ("url", "a"),
@@ -46,7 +46,7 @@ def test_a_form() -> None:
         ]
     )
     assert parse_form(body, headers["Content-Type"]) == {
-        "prompt": "ein Fuchs, größer",
+        "prompt": "ein Fuchs,\ngrößer",
         "image": [b"\x89PNG\r\n--xyzz\r\n", b""],
         "url": ["a", "b"],
         "input_reference": {"image_url": "c"},

@@ -286,7 +286,7 @@ class CacheWriter:
         free = shutil.disk_usage(self._root).free
         if needed > free:
             raise StartupError(
-                f"CACHE_DIR {self._root}: {self._source.uri} needs {needed / GIB:.1f} GiB more and {free / GIB:.1f} GiB"
+                f"CACHE_DIR {self._root}: {self._source.uri} needs {needed / GIB:.2f} GiB more and {free / GIB:.2f} GiB"
                 " are free; give it a larger volume or remove what is old"
             )
 

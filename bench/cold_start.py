@@ -11,12 +11,19 @@ bytes came, and the peak of anonymous and shared memory of its whole process tre
     stream+cache     this runtime, one pass into memory and into an empty CACHE_DIR
     cached, cold     this runtime, LOAD_MODE=cached, CACHE_DIR empty
     cached, warm     this runtime, CACHE_DIR filled
+    cached, disk     the same, the cache's files dropped from the page cache first
     kserve + stock   KServe's storage initializer's Storage.download, then from_pretrained, each a process
-    runai            run:ai's streamer into host tensors, thrown away; no pipeline is built
+    runai            run:ai's streamer into tensors, on a CPU thrown away; no pipeline is built
 
-The last two need `pip install kserve-storage==0.21.0 runai-model-streamer[s3]==0.17.0`; an arm whose package is
-missing is left out by name; `--peers` names another Python that has them. With `--local FOLDER` only this runtime's
-start from that folder is measured, with LOAD_MODE auto and stream: for a machine with a GPU.
+Where there is a GPU, every arm but the floor ends with the weights on it. The store's own files stay in the page
+cache: it stands for a store elsewhere, not for this machine's disk. The last two arms need
+`pip install kserve-storage==0.21.0 runai-model-streamer[s3]==0.17.0`; an arm whose package is missing is left out by
+name, one that fails is told and the others go on; `--peers` names another Python that has the packages. `--arms` takes
+the arms to run, in that order, and one may come twice; `--model` serves a folder that is there (hard links: BENCH_DIR
+must be on its file system) instead of writing one. `--results` is written anew after every arm.
+
+With `--local FOLDER` only this runtime's start from that folder is measured, with LOAD_MODE auto and stream: for a
+machine with a GPU.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -47,13 +55,16 @@ from runtime.demo import free_port
 
 KEY, SECRET = "BENCHKEY01234", "BENCHSECRET01234"
 SAMPLE_SECONDS = 0.02
-LIMIT_SECONDS = 900
+LIMIT_SECONDS = int(os.environ.get("BENCH_LIMIT", "900"))  # of one process of an arm
 MIB, GB = 2**20, 1e9
 RANGE = 64 * MIB
 
 STOCK = """
 import sys, torch, diffusers
-diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16, local_files_only=True)
+pipeline = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16, local_files_only=True)
+if torch.cuda.is_available():
+    pipeline.to("cuda")
+    torch.cuda.synchronize()
 """
 KSERVE = """
 import sys
@@ -61,12 +72,16 @@ from kserve_storage import Storage
 Storage.download(*sys.argv[1:])
 """
 RUNAI = """
-import sys
+import sys, torch
 from runai_model_streamer import SafetensorsStreamer
+device, kept = "cuda" if torch.cuda.is_available() else "cpu", []
 with SafetensorsStreamer() as streamer:
     streamer.stream_files(sys.argv[1:])
     for name, tensor in streamer.get_tensors():
-        tensor.sum
+        if device == "cuda":
+            kept.append(tensor.to(device))
+if kept:
+    torch.cuda.synchronize()
 """
 
 
@@ -153,7 +168,10 @@ def serve(environment: dict[str, str], folder: Path, *flags: str) -> Measured:
             measured.told = json.load(answer)["properties"]
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
     for line in log.read_text().splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
@@ -179,7 +197,10 @@ def run(python: str, code: str, environment: dict[str, str], *arguments: str) ->
         stderr=subprocess.PIPE,
     )
     with watched(process.pid, measured):
-        _, errors = process.communicate(timeout=LIMIT_SECONDS)
+        try:
+            _, errors = process.communicate(timeout=LIMIT_SECONDS)
+        finally:
+            process.kill()  # one that has ended is not minded
     measured.seconds = time.monotonic() - begun
     if process.returncode:
         raise SystemExit(errors.decode()[-3000:])
@@ -195,13 +216,14 @@ def floor(url: Callable[[str], str], files: dict[str, int], folder: Path) -> Mea
                 f'url = "{url(name)}"',
                 'output = "/dev/null"',
                 f'range = "{start}-{min(start + RANGE, size) - 1}"',
+                "fail",
                 "next",
             ]
     config = folder / "curl.txt"
     config.write_text("\n".join(lines[:-1]))
     begun = time.monotonic()
     subprocess.run(
-        ["curl", "-s", "--fail", "--parallel", "--parallel-max", "8", "-K", str(config)],
+        ["curl", "--no-progress-meter", "--parallel", "--parallel-max", "8", "-K", str(config)],
         check=True,
         timeout=LIMIT_SECONDS,
     )
@@ -255,7 +277,7 @@ each = sum(p.numel() for p in one.blocks.parameters()) * 2
 layers = max(1, round(gigabytes * 1e9 / each))
 with torch.device("meta"):
     big = diffusers.WanTransformer3DModel.from_config({**config, **size, "num_layers": layers})
-big = big.to_empty(device="cpu")
+big = big.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
 for p in big.parameters():
     p.data.view(torch.uint8).random_(0, 60)
 big = big.to(torch.bfloat16)
@@ -291,24 +313,26 @@ def missing(python: str, package: str) -> bool:
     return subprocess.run([python, "-c", f"import {package}"], stderr=subprocess.DEVNULL).returncode != 0
 
 
-def remote(options: argparse.Namespace, scratch: Path) -> dict[str, list[Measured]]:
+def remote(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     model = scratch / "s3" / "models" / "wan"
-    print(f"writing {options.gigabytes:g} GB", flush=True)
-    write_model(model, options.gigabytes)
+    if options.model:
+        shutil.copytree(options.model, model, copy_function=os.link)
+    else:
+        print(f"writing {options.gigabytes:g} GB", flush=True)
+        write_model(model, options.gigabytes)
     files = {p.relative_to(model).as_posix(): p.stat().st_size for p in sorted(model.rglob("*.safetensors"))}
-    uri, results = "s3://models/wan", {}
-
-    def cold_cache() -> str:
-        shutil.rmtree(scratch / "cache", ignore_errors=True)
-        return str(scratch / "cache")
+    uri, cache, initializer = "s3://models/wan", scratch / "cache", scratch / "initializer"
+    results: dict[str, Any] = {"bytes": sum(files.values())}
 
     with store(scratch / "s3") as environment:
         url = presigner(environment, "wan")
 
         def kserve_and_stock() -> Measured:
-            shutil.rmtree(scratch / "initializer", ignore_errors=True)
-            first = run(options.peers, KSERVE, environment, uri + "/", str(scratch / "initializer"))
-            second = run(options.peers, STOCK, environment, str(scratch / "initializer"))
+            try:
+                first = run(options.peers, KSERVE, environment, uri + "/", str(initializer))
+                second = run(options.peers, STOCK, environment, str(initializer))
+            finally:
+                shutil.rmtree(initializer, ignore_errors=True)
             return Measured(
                 first.seconds + second.seconds,
                 first.seconds,
@@ -317,30 +341,55 @@ def remote(options: argparse.Namespace, scratch: Path) -> dict[str, list[Measure
                 {"initializer_s": first.seconds, "from_pretrained_s": second.seconds},
             )
 
-        def ours(mode: str, cache: str | None = None) -> Measured:
-            flags = () if cache is None else ("--cache_dir", cache)
+        def ours(mode: str, *flags: str) -> Measured:
             return serve(environment, scratch, "--model_id", uri, "--load_mode", mode, *flags)
+
+        def filling(mode: str) -> Measured:
+            shutil.rmtree(cache, ignore_errors=True)
+            return ours(mode, "--cache_dir", str(cache))
+
+        def filled() -> Measured:
+            if not cache.exists():
+                raise SystemExit("there is no cache: name an arm that fills it before this one")
+            return ours("cached", "--cache_dir", str(cache))
+
+        def from_disk() -> Measured:
+            forget([path for path in cache.rglob("*") if path.is_file()])
+            return filled()
 
         arms: dict[str, Callable[[], Measured]] = {
             "floor": lambda: floor(url, files, scratch),
             "stream": lambda: ours("stream"),
-            "stream+cache": lambda: ours("stream", cold_cache()),
-            "cached, cold": lambda: ours("cached", cold_cache()),
-            "cached, warm": lambda: ours("cached", str(scratch / "cache")),
+            "stream+cache": lambda: filling("stream"),
+            "cached, cold": lambda: filling("cached"),
+            "cached, warm": filled,
+            "cached, disk": from_disk,
             "kserve + stock": kserve_and_stock,
             "runai": lambda: run(options.peers, RUNAI, environment, *(f"{uri}/{name}" for name in files)),
         }
+        order = options.arms or list(arms)
+        if unknown := set(order) - set(arms):
+            raise SystemExit(f"no such arm: {', '.join(sorted(unknown))}; there are: {', '.join(arms)}")
         for name, package in (("kserve + stock", "kserve_storage"), ("runai", "runai_model_streamer")):
-            if missing(options.peers, package):
+            if name in order and missing(options.peers, package):
                 print(f"{name}: left out, {package} is not installed", flush=True)
-                del arms[name]
-        arms["floor"]()  # rclone hashes each file once
+                order = [other for other in order if other != name]
+        with ThreadPoolExecutor(len(files)) as pool:  # rclone hashes each file at its first request
+            for answer in pool.map(lambda name: urllib.request.urlopen(url(name)), files):
+                answer.close()
         for turn in range(options.repeat):
-            for name, arm in arms.items():
-                results.setdefault(name, []).append(arm())
-                told = results[name][-1]
-                print(f"{turn + 1} {name:15} {told.seconds:7.2f} s, {told.peak_private_mib:7.0f} MiB", flush=True)
-    return {"bytes": sum(files.values()), **results}  # type: ignore[dict-item]
+            for name in order:
+                os.sync()  # what the arm before wrote is not written during this one
+                try:
+                    told = arms[name]()
+                except (SystemExit, OSError, subprocess.SubprocessError) as error:
+                    print(f"{turn + 1} {name:15} failed: {error}", flush=True)
+                    results.setdefault("failed", []).append(f"{name}: {error}")
+                else:
+                    results.setdefault(name, []).append(told)
+                    print(f"{turn + 1} {name:15} {told.seconds:7.2f} s, {told.peak_private_mib:7.0f} MiB", flush=True)
+                keep(options, results)
+    return results
 
 
 def local(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -387,9 +436,28 @@ def line(name: str, runs: list[Measured], size: int, floor_rate: float | None) -
     return told + f"{max(run.peak_private_mib for run in runs):.0f} |"
 
 
+def keep(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Write --results."""
+    told = {
+        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "safetensors")}
+        | {"runtime": __version__},
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "gigabytes": found["bytes"] / GB,
+        "arms": {
+            name: [vars(run) if isinstance(run, Measured) else run for run in runs] if isinstance(runs, list) else runs
+            for name, runs in found.items()
+        },
+    }
+    if options.results:
+        options.results.write_text(json.dumps(told, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--model", type=Path, help="a model folder to serve instead of writing one")
+    parser.add_argument("--arms", nargs="*", help="these arms, in this order")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--local", help="a model folder: measure the start from it alone")
     parser.add_argument("--modes", nargs="*", default=["auto", "stream"], help="LOAD_MODEs of --local")
@@ -399,17 +467,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cold-start-", dir=os.environ.get("BENCH_DIR")) as name:
         found = local(options, Path(name)) if options.local else remote(options, Path(name))
     size = found["bytes"]
-    told = {
-        "versions": {p: version(p) for p in ("torch", "diffusers", "transformers", "safetensors")}
-        | {"runtime": __version__},
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "gigabytes": size / GB,
-        "arms": {
-            name: [vars(run) if isinstance(run, Measured) else run for run in runs] if isinstance(runs, list) else runs
-            for name, runs in found.items()
-        },
-    }
     arms = {name: runs for name, runs in found.items() if isinstance(runs, list) and isinstance(runs[0], Measured)}
     base = [size / MIB / run.seconds for run in arms.get("floor", [])]
     print(
@@ -419,9 +476,8 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- |")
     for name, runs in arms.items():
         print(line(name, runs, size, statistics.median(base) if base else None))
-    if options.results:
-        options.results.write_text(json.dumps(told, indent=1) + "\n")
-    return 0
+    keep(options, found)
+    return 1 if "failed" in found else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     ├── InvalidRequest      400  INVALID_ARGUMENT     the request is wrong; the message names the field
     ├── Unauthorized        401  UNAUTHENTICATED      a key is needed, and none or a wrong one came
     ├── ModelNotFound       404  NOT_FOUND            no model, or no version, of that name is served here
-    ├── NotFound            404  NOT_FOUND            no request of that id is known
+    ├── NotFound            404  NOT_FOUND            no request, job or result of that id is known
     ├── Conflict            409  ABORTED              the idempotency key came with another body
     ├── Gone                410  NOT_FOUND            a job or its results have expired
     ├── PayloadTooLarge     413  RESOURCE_EXHAUSTED   the body is larger than MAX_BODY_BYTES

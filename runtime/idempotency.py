@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.errors import Conflict
+from runtime.errors import Conflict, InvalidRequest, shown
 
 MAX_KEPT = 64  # results that stay for a retry; the oldest goes first
 MAX_KEY_LENGTH = 256
+
+
+def key_of(headers: Mapping[str, str], join_by_id: bool, identity: str | None = None) -> str | None:
+    """The request's Idempotency-Key; with `join_by_id` its X-Request-ID or its own `identity` where it has none.
+
+    Raises InvalidRequest.
+    """
+    key = headers.get("idempotency-key") or (headers.get("x-request-id") or identity if join_by_id else None)
+    if key and len(key) > MAX_KEY_LENGTH:
+        raise InvalidRequest(f"Idempotency-Key: {shown(key)} is longer than {MAX_KEY_LENGTH} characters")
+    return key or None
+
+
+async def digest(body: bytes) -> str:
+    """What stands for a body; in a thread, as bodies are large."""
+    return await asyncio.to_thread(lambda: hashlib.sha256(body).hexdigest())
+
+
+def conflict(key: str) -> Conflict:
+    return Conflict(f"Idempotency-Key: {key[:80]!r} came with another body; use a new key for a new request")
 
 
 @dataclass(eq=False)
@@ -40,7 +61,7 @@ class Idempotency:
             entry = self._entries[key] = Entry(digest, asyncio.ensure_future(work()))
             entry.task.add_done_callback(lambda task: self._ended(key, task))
         elif entry.digest != digest:
-            raise Conflict(f"Idempotency-Key: {key[1][:80]!r} came with another body; use a new key for a new request")
+            raise conflict(key[1])
         entry.waiters += 1
         if entry.abandon is not None:
             entry.abandon.cancel()

@@ -23,20 +23,13 @@ from PIL import Image, ImageOps, PngImagePlugin, WebPImagePlugin  # noqa: F401
 from runtime.errors import InvalidRequest, shown
 from runtime.types import SourceImage
 
-MIME_TYPES: dict[str, str] = {
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "mp4": "video/mp4",
-}
-
 # `read_image` compares the header's size with its own limit before a pixel is decoded; Pillow's fixed limit
 # would refuse pictures that the operator allows.
 Image.MAX_IMAGE_PIXELS = None
 # Pillow warns about odd metadata in words that the sender chooses: nothing for the log.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-FITS = "send base64 or a data URI of a PNG, JPEG, WebP or GIF picture (URLs and paths are not read)"
+FITS = "send base64 or a data URI of a PNG, JPEG, WebP or GIF picture"
 
 # Pillow parses headers in Python, a read per part: this many reads take some 0.1 s, and real files need a few
 # thousand at most.

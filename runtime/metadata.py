@@ -1,4 +1,4 @@
-"""What a picture or video says of itself in its file, when EMBED_METADATA is on."""
+"""What a picture or video says of itself: in its file when EMBED_METADATA is on, and beside it in an object store."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import logging
 import math
@@ -22,7 +21,7 @@ from runtime import metrics
 from runtime.engine.client import READY, UNLOADED, EngineClient, fatal
 from runtime.errors import InvalidRequest, ModelNotFound, NotImplementedHere, NotReady, StartupError, shown
 from runtime.families.requests import RequestChecker
-from runtime.idempotency import MAX_KEY_LENGTH, Idempotency
+from runtime.idempotency import Idempotency, digest, key_of
 from runtime.jobs.manager import Jobs
 from runtime.jobs.open import open_stores
 from runtime.logs import credential, log, request_id
@@ -71,7 +70,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
 
     def __init__(self, settings: Settings, engine: EngineClient, scheduler: Scheduler) -> None:
         super().__init__(settings.model_name)
-        self._settings = settings
+        self.settings = settings
         self.engine = engine
         self.scheduler = scheduler
         self._checker: RequestChecker | None = None
@@ -134,7 +133,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             failures = 0 if time.monotonic() - begun > 60 else failures
             capabilities = self.engine.capabilities
             assert capabilities is not None
-            self._checker = RequestChecker(capabilities, self._settings.limits)
+            self._checker = RequestChecker(capabilities, self.settings.limits)
             if self.engine.warmup is not None:
                 self.scheduler.costs.learn(*self.engine.warmup)
             for stage, seconds in self.engine.load_seconds.items():
@@ -185,7 +184,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             raise NotReady(f"the model could not be loaded ({self.engine.describe()})")
 
     def _allow_repository_api(self) -> None:
-        if not self._settings.enable_repository_api:
+        if not self.settings.enable_repository_api:
             raise NotImplementedHere("the repository API is off; ENABLE_REPOSITORY_API=true turns it on")
 
     # --- requests
@@ -206,16 +205,12 @@ class DiffusionModel(Model):  # type: ignore[misc]
     ) -> Any:
         """What `work` gives, run once for all callers with the same Idempotency-Key and the same `body`. `identity` is
         the request's own id, which is its key where JOIN_BY_REQUEST_ID says so. Raises InvalidRequest, Conflict."""
-        key = headers.get("idempotency-key")
-        if key is None and self._settings.join_by_request_id:
-            key = headers.get("x-request-id") or identity
-        if not key:
+        key = key_of(headers, self.settings.join_by_request_id, identity)
+        if key is None:
             return await work()
-        if len(key) > MAX_KEY_LENGTH:
-            raise InvalidRequest(f"Idempotency-Key: {shown(key)} is longer than {MAX_KEY_LENGTH} characters")
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(body).hexdigest())
-        digest += " dry" if _dry_run(headers) else ""  # another request, though its body is the same
-        return await self._idempotency.run((credential.get(), key), digest, work)
+        # A dry run is another request, though its body is the same.
+        fingerprint = await digest(body) + (" dry" if _dry_run(headers) else "")
+        return await self._idempotency.run((credential.get(), key), fingerprint, work)
 
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
@@ -233,7 +228,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
 
     def decoded(self, payload: Any) -> tuple[list[dict[str, Any]], str]:
         """The fields of each prompt of a v1 body or an InferRequest, and what to call a prompt in messages."""
-        checker, most = self.checker, self._settings.max_instances
+        checker, most = self.checker, self.settings.max_instances
         if not isinstance(payload, InferRequest):
             return v1.decode(payload, most), "instances"
         v2.requested(payload, checker.media)
@@ -271,14 +266,14 @@ class DiffusionModel(Model):  # type: ignore[misc]
         is given the scheduler's jobs once they wait."""
         count.prompts, begun = len(rows), time.monotonic()
         checked = self.check(rows, label, headers)
-        timeout = min(checked.timeout, float(self._settings.max_timeout))
+        timeout = min(checked.timeout, float(self.settings.max_timeout))
         if checked.dry_run:
             count.outcome = "dry_run"
             waits = itertools.accumulate([self.scheduler.wait_seconds(), *checked.costs[:-1]])
             return [Estimate(*told) for told in zip(checked.drafts, checked.costs, waits, strict=True)]
         with self.scheduler.admit(checked.costs):
             requests = await checked.complete()
-            jobs = self.enqueue(requests, request_id.get(), begun + timeout)
+            jobs = self.enqueue(checked, requests, request_id.get(), begun + timeout)
         watch(jobs)
         return await self.finish(jobs, timeout, begun)
 
@@ -299,13 +294,14 @@ class DiffusionModel(Model):  # type: ignore[misc]
 
     def enqueue(
         self,
+        checked: Checked,
         requests: list[GenerationRequest],
         identity: str,
         deadline: float = math.inf,
         on_start: Callable[[], None] = lambda: None,
     ) -> list[Job]:
-        """The scheduler's jobs for checked requests. Raises NotReady."""
-        return self.scheduler.enqueue(requests, identity, self.checker.batch_key, deadline, on_start)
+        """The scheduler's jobs for what `checked.complete` gave. What was admitted runs, though the server drains."""
+        return self.scheduler.enqueue(requests, identity, checked.checker.batch_key, deadline, on_start)
 
     async def finish(self, jobs: list[Job], seconds: float, begun: float) -> list[GenerationResult]:
         """The jobs' results, logged and counted. Raises what `Scheduler.results` raises."""
@@ -322,7 +318,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
 
     def _timeout(self, headers: Mapping[str, str]) -> float:
         """Seconds of the header X-Request-Timeout; infinity without one. Raises InvalidRequest."""
-        most = float(self._settings.max_timeout)
+        most = float(self.settings.max_timeout)
         text = headers.get("x-request-timeout")
         if text is None:
             return math.inf
@@ -345,7 +341,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             n=request.n,
             seed=request.seed,
             sources=len(request.images) or None,
-            prompt=request.prompt if self._settings.log_prompts else None,
+            prompt=request.prompt if self.settings.log_prompts else None,
             timings={stage: round(seconds, 4) for stage, seconds in timings.items()},
         )
 

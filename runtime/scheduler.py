@@ -48,7 +48,7 @@ class Job:
     expired: bool = False
     ticket: Ticket | None = field(default=None, repr=False)
     progress: Progress | None = None
-    fraction: float = 0.0  # from 0 to 1, never back, but for a job that is run once more
+    fraction: float = 0.0  # from 0 to 1, never back but when it is run once more
     advanced: float = 0.0  # when it last went on
     logged: float = 0.0
     on_start: Callable[[], None] = field(default=lambda: None, repr=False)
@@ -334,7 +334,6 @@ class Scheduler:
     def describe(self, job: Job) -> dict[str, Any]:
         """One job as the progress routes tell it; never its prompt."""
         now = time.monotonic()
-        ahead = 0.0
         told: dict[str, Any] = {
             "id": job.name,
             "state": job.state,
@@ -342,14 +341,21 @@ class Scheduler:
             "predicted_seconds": round(job.cost, 3),
         }
         if job.state == QUEUED:
-            before = [other for other in self._waiting if other.number < job.number]
-            running = [other.left() for other in self._running.values() if not other.result.done()]
-            ahead = sum(other.left() for other in before) + max(running, default=0.0)
-            told["position"] = len(before) + 1
+            told["position"] = len(self._before(job)) + 1
         told |= progress_fields(job)  # also of one that has ended: how far it came
         if job.state in (QUEUED, RUNNING):
-            told["eta_seconds"] = round(ahead + job.left(), 3)
+            told["eta_seconds"] = round(self.eta(job), 3)
         return told
+
+    def eta(self, job: Job) -> float:
+        """Predicted seconds until a job that waits or runs is done, what is before it in the queue included."""
+        if job.state != QUEUED:
+            return job.left()
+        running = [other.left() for other in self._running.values() if not other.result.done()]
+        return sum(other.left() for other in self._before(job)) + max(running, default=0.0) + job.left()
+
+    def _before(self, job: Job) -> list[Job]:
+        return [other for other in self._waiting if other.number < job.number]
 
     def progress(self) -> float:
         """How far the running job is, from 0 to 1."""

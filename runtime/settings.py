@@ -163,8 +163,10 @@ class Settings(BaseModel):
         None,
         description="s3://bucket/prefix for jobs and results instead of DATA_DIR; replicas with the same one share.",
     )
-    result_ttl_s: Positive = Field(86_400, description="Seconds that the result of a job is kept.")
-    job_ttl_s: Positive = Field(604_800, description="Seconds that the record of a job is kept, at least its result's.")
+    result_ttl_s: Positive = Field(
+        86_400, description="Seconds that the result of a job is kept, at most its record's."
+    )
+    job_ttl_s: Positive = Field(604_800, description="Seconds that the record of a job is kept.")
     result_url_ttl_s: Positive = Field(
         3600, description="Seconds that the URL of a result works, at most its result's."
     )

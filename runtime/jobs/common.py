@@ -56,7 +56,7 @@ def cancelled() -> Outcome:
 def server_died() -> Outcome:
     """The outcome of a job whose attempts are used up."""
     message = "the server ended while it ran this job, and ended again when it was run once more"
-    return Outcome(time.time(), error=JobError("server_died", message, 503))
+    return Outcome(time.time(), error=JobError("server_died", message, 500))
 
 
 def progress_of(outcome: Outcome) -> JobProgress:

@@ -11,14 +11,13 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlencode
 
 from runtime.errors import (
-    Cancelled,
-    Conflict,
     DiffusionError,
     GenerationFailed,
     Gone,
@@ -29,53 +28,25 @@ from runtime.errors import (
     shown,
 )
 from runtime.families.base import normalise
-from runtime.idempotency import MAX_KEY_LENGTH
-from runtime.jobs.record import Job, JobError, JobProgress, JobRequest, Outcome, StoredMedia, StoredResult, new_id
+from runtime.idempotency import conflict, digest, key_of
+from runtime.jobs.active import Active
+from runtime.jobs.common import cancelled
+from runtime.jobs.record import Job, JobError, JobRequest, Outcome, StoredMedia, StoredResult, new_id
 from runtime.jobs.store import Duplicate, JobStore, Lifetimes, ResultStore, Unavailable, describe
 from runtime.logs import credential, log, request_id, unexpected
 from runtime.metadata import metadata_of
 from runtime.types import GenerationRequest, GenerationResult
 
 if TYPE_CHECKING:
-    from runtime import scheduler
     from runtime.model import Checked, DiffusionModel
 
-LOCAL_SECONDS, REMOTE_SECONDS = 0.2, 1.0  # between two looks at a job that is watched
+T = TypeVar("T")
+
+LOOK_SECONDS = 1.0  # between two looks at another server's job that is waited for
 SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 5.0  # after the store failed
-ALMOST = 0.99  # of the progress until the results are kept
-
-
-@dataclass(eq=False)
-class _Active:
-    """A job of this process that has not ended."""
-
-    request: JobRequest
-    jobs: list[scheduler.Job] = field(default_factory=list)  # none while it waits for the model
-    attempts: int = 0
-    started: float | None = None
-    stop: str = ""  # why it is being stopped: cancelled, lost, or stopping with the server
-    task: asyncio.Task[None] | None = None
-    counted: asyncio.Task[None] | None = None  # keeps that an attempt was begun
-
-    def view(self) -> Job:
-        return Job(self.request, self.attempts, self.started, self.progress())
-
-    def progress(self) -> JobProgress:
-        if not self.jobs:
-            return JobProgress()
-        total = sum(job.cost for job in self.jobs) or float(len(self.jobs))
-        done = sum((1.0 if job.ended else job.fraction) * (job.cost or 1.0) for job in self.jobs)
-        running = next((job for job in self.jobs if job.started and not job.ended), None)
-        step = running.progress if running else None
-        return JobProgress(
-            "queued" if self.started is None else "in_progress",
-            min(ALMOST, done / total),
-            round(sum(job.left() for job in self.jobs if not job.ended), 3),
-            step.stage if step else None,
-            step.step if step else None,
-            step.total if step else None,
-        )
+CANCEL_SECONDS = 20.0  # until a cancelled job is kept as such
+STORE_THREADS = 16  # of their own: a store that hangs must not hold what else waits for a thread
 
 
 class Jobs:
@@ -95,11 +66,13 @@ class Jobs:
         self._model = model
         self._open_stores = open_stores
         self._stores: tuple[JobStore, ResultStore] | None = None
-        self._lifetimes = lifetimes
+        self.lifetimes = lifetimes
         self._beat_seconds = lease_seconds / 3
         self._tell_prompts = tell_prompts
-        self._active: dict[str, _Active] = {}
+        self._active: dict[str, Active] = {}
         self._secret = secrets.token_bytes(32)
+        self._pool = ThreadPoolExecutor(STORE_THREADS, "jobs")
+        self._heart = ThreadPoolExecutor(1, "jobs-heartbeat")
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -135,28 +108,25 @@ class Jobs:
         DiffusionModel.generate; `body` is what an Idempotency-Key in `headers` stands for: the same key and body give
         the job that is there already. A caller that leaves meanwhile takes the job with it, unless it has a key.
         Raises what a synchronous request raises before it runs."""
-        key, fingerprint = await self._key(headers, body)
+        key = key_of(headers, self._model.settings.join_by_request_id)
+        scoped, fingerprint = "", ""
+        if key is not None:
+            scoped = hashlib.sha256(f"{credential.get()}\n{key}".encode()).hexdigest()
+            fingerprint = await digest(body)
+        draft = JobRequest(new_id(api), api, time.time(), (), envelope, scoped, fingerprint)
         # Once the store has it, it must be run: no cancel may come between.
-        task = asyncio.create_task(self._submit(api, rows, label, headers, envelope, key, fingerprint))
+        task = asyncio.create_task(self._submit(draft, rows, label, headers, key or ""))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if not key:
-                self._background(self._forsaken(task))
+            self._background(self._forsaken(task, keep=key is not None))
             raise
 
     async def _submit(
-        self,
-        api: str,
-        rows: list[dict[str, Any]],
-        label: str,
-        headers: Mapping[str, str],
-        envelope: Mapping[str, Any],
-        key: str,
-        fingerprint: str,
+        self, draft: JobRequest, rows: list[dict[str, Any]], label: str, headers: Mapping[str, str], key: str
     ) -> Job:
-        if key and (found := await self._call(self._store.find, key)):
-            return await self._joined(found[0], found[1], fingerprint, headers)
+        if key and (found := await self._call(self._store.find, draft.key)):
+            return await self._joined(*found, draft, key)
         with self._model.counted("jobs") as count:
             count.prompts, count.outcome = len(rows), None  # it is counted when it has ended
             checked = self._model.check(rows, label, headers)
@@ -164,20 +134,17 @@ class Jobs:
                 raise InvalidRequest("dry_run: a dry run gives no job; leave Prefer: respond-async out")
             with self._model.scheduler.admit(checked.costs):
                 requests = await checked.complete()
-                kept = await asyncio.to_thread(_kept, rows, checked)
-                request = JobRequest(new_id(api), api, time.time(), kept, envelope, key, fingerprint)
+                request = replace(draft, rows=await asyncio.to_thread(_kept, rows, checked))
                 try:
                     await self._call(self._store.create, request)
                 except Duplicate as duplicate:
-                    return await self._joined(duplicate.job_id, duplicate.fingerprint, fingerprint, headers)
-                active = self._active[request.id] = _Active(request)
-                try:
-                    self._enqueue(active, requests)
-                except DiffusionError:  # draining since; the next server runs it
-                    del self._active[request.id]
-                    raise
-        log(logging.INFO, "job accepted", job=request.id, api=api, prompts=len(rows))
+                    return await self._joined(duplicate.job_id, duplicate.fingerprint, draft, key)
+                active = self._active[request.id] = Active(request, self._model.scheduler.eta)
+                self._enqueue(active, checked, requests)
+        log(logging.INFO, "job accepted", job=request.id, api=request.api, prompts=len(rows))
         self._begin(active, checked)
+        if self._stopping:
+            self._stop(active, "stopping")
         return active.view()
 
     async def get(self, job_id: str) -> Job:
@@ -207,50 +174,42 @@ class Jobs:
         if active := self._active.get(job_id):
             self._stop(active, "cancelled")
             assert active.task is not None
-            await asyncio.wait([active.task])
+            await asyncio.wait([active.task], timeout=CANCEL_SECONDS)
+            if job_id in self._active:
+                raise _unreachable()
             ended = await self.get(job_id)
-            if ended.status == "completed":  # it was too late to cancel
+            if ended.outcome is None:  # the server stops, and had left it to the next one
+                await self._call(self._store.finish, job_id, cancelled())
+            elif ended.outcome.error is None:  # it was too late to cancel
                 await self._call(self._store.delete, job_id)
         else:
             await self._call(self._store.delete if job.outcome else self._store.cancel, job_id)
         return job
 
-    async def watch(self, job_id: str) -> AsyncIterator[Job]:
-        """The job at each step forward, the last time when it has ended. Raises NotFound and Gone."""
-        told: Job | None = None
-        while True:
-            active = self._active.get(job_id)
-            job = await self.get(job_id)
-            if told is None or (job.progress, job.outcome) != (told.progress, told.outcome):
-                told = job
-                yield job
-            if job.outcome is not None:
-                return
-            if active is not None and active.task is not None:
-                await asyncio.wait([active.task], timeout=LOCAL_SECONDS)
-            else:
-                await asyncio.sleep(REMOTE_SECONDS)
-
-    async def wait(self, job_id: str) -> Job:
-        """The job once it has ended. Raises NotFound, Gone, and NotReady when the server stops before."""
-        if (active := self._active.get(job_id)) and active.task:
-            await asyncio.wait([active.task])
-        async for job in self.watch(job_id):
-            if self._stopping and job.outcome is None:
-                raise NotReady("the server is shutting down; the job goes on when it is back", retry_after=5)
-        return job
+    async def wait(self, job_id: str, keep: bool) -> Job:
+        """The job once it has ended. Without `keep` a caller that leaves stops it. Raises NotFound, Gone, and NotReady
+        when the server stops before."""
+        try:
+            while True:
+                if (active := self._active.get(job_id)) and active.task:
+                    await asyncio.wait([active.task])
+                job = await self.get(job_id)
+                if job.outcome is not None:
+                    return job
+                if self._stopping:
+                    raise NotReady("the server is shutting down; the job goes on when it is back", retry_after=5)
+                await asyncio.sleep(LOOK_SECONDS)
+        except asyncio.CancelledError:
+            if not keep:
+                self._background(self._forget(job_id))
+            raise
 
     async def results(self, job: Job) -> list[GenerationResult]:
         """The results of a completed job, bytes and all. Raises Gone where they have expired."""
         outcome = _completed(job)
-
-        def read() -> list[GenerationResult]:
-            return [r.restored([b"".join(self.read(item)) for item in r.media]) for r in outcome.results]
-
-        try:
-            return await self._call(read)  # type: ignore[no-any-return]
-        except KeyError:
-            raise _expired(job.id) from None
+        return await self._call(
+            lambda: [r.restored([b"".join(self.read(item)) for item in r.media]) for r in outcome.results]
+        )
 
     async def media(self, job_id: str, index: int) -> StoredMedia:
         """Picture or video `index` of a completed job. Raises NotFound, Gone, and NotReady while it is not there."""
@@ -260,17 +219,22 @@ class Jobs:
         return outcome.media[index]
 
     def read(self, media: StoredMedia, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """Its bytes [start, end) in chunks; blocks: for a thread. Raises KeyError once they have expired."""
-        return self._outputs.read(media.key, start, end)
+        """Its bytes [start, end) in chunks; blocks: for a thread. Raises Gone once they have expired."""
+        try:
+            yield from self._outputs.read(media.key, start, end)
+        except KeyError:
+            raise _expired(media.key.partition("/")[0]) from None
+        except Unavailable as error:
+            raise _unreachable(error) from error
 
     async def url(self, job: Job, index: int, base_url: str) -> str:
         """A URL of limited life for picture or video `index`: the store's own, or one of this server below `base_url`
         that needs no key."""
         media = await self.media(job.id, index)
         name = f"{job.id}-{index}.{media.format}"
-        if theirs := await self._call(self._outputs.url, media.key, self._lifetimes.url, name):
-            return str(theirs)
-        expires = str(int(time.time() + self._lifetimes.url))
+        if theirs := await self._call(self._outputs.url, media.key, self.lifetimes.url, name):
+            return theirs
+        expires = str(int(time.time() + self.lifetimes.url))
         query = urlencode({"expires": expires, "signature": self._signature(job.id, index, expires)})
         return f"{base_url.rstrip('/')}/v1/jobs/{job.id}/content/{index}?{query}"
 
@@ -290,23 +254,38 @@ class Jobs:
         """Take what a server before this one has left, renew the claim on what runs, drop what has expired; for the
         server's life. Raises StartupError where the stores cannot be opened."""
         self._stores = await asyncio.to_thread(self._open_stores)
-        swept = -math.inf
+        # Each for itself: a claim must not wait for what takes long.
+        await asyncio.gather(
+            self._repeat(self._beat, self._beat_seconds),
+            self._repeat(self._take, self._beat_seconds),
+            self._repeat(self._sweep, SWEEP_SECONDS),
+        )
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
         while True:
             try:
-                for request in await asyncio.to_thread(self._store.take):
-                    log(logging.INFO, "job taken", job=request.id)
-                    active = self._active[request.id] = _Active(request)
-                    self._begin(active, None)
-                progress = {job_id: active.progress() for job_id, active in self._active.items()}
-                for job_id, why in (await asyncio.to_thread(self._store.beat, progress)).items():
-                    if mine := self._active.get(job_id):
-                        self._stop(mine, why)
-                if time.monotonic() - swept > SWEEP_SECONDS:
-                    swept = time.monotonic()
-                    await asyncio.to_thread(self._store.sweep)
+                await work()
             except Unavailable as error:
                 log(logging.WARNING, "the job store fails; jobs go on", error=str(error))
-            await asyncio.sleep(self._beat_seconds)
+            await asyncio.sleep(seconds)
+
+    async def _beat(self) -> None:
+        progress = {job_id: active.progress() for job_id, active in self._active.items()}
+        loop = asyncio.get_running_loop()
+        for job_id, why in (await loop.run_in_executor(self._heart, self._store.beat, progress)).items():
+            if active := self._active.get(job_id):
+                self._stop(active, "cancelled" if why == "cancelled" else "lost")
+
+    async def _take(self) -> None:
+        for request in await self._in_thread(self._store.take):
+            kept = await self._in_thread(self._store.get, request.id)
+            log(logging.INFO, "job taken", job=request.id)
+            active = Active(request, self._model.scheduler.eta, kept.attempts if kept else 0)
+            self._active[request.id] = active
+            self._begin(active, None)
+
+    async def _sweep(self) -> None:
+        await self._in_thread(self._store.sweep)
 
     def stop_taking(self) -> None:
         """The server drains: what runs may end, what waits stays in the store for the next server."""
@@ -330,25 +309,32 @@ class Jobs:
         if self._stores is None:
             return
         with contextlib.suppress(Unavailable):
-            await asyncio.to_thread(self._store.release)
-        await asyncio.to_thread(self._store.close)
+            await self._in_thread(self._store.release)
+        await self._in_thread(self._store.close)
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the loop itself keeps weak references only
         task.add_done_callback(self._tasks.discard)
 
-    async def _forsaken(self, submitted: asyncio.Task[Job]) -> None:
+    async def _forsaken(self, submitted: asyncio.Task[Job], keep: bool) -> None:
         with contextlib.suppress(DiffusionError):
-            await self.remove((await submitted).id)
+            job = await submitted
+            if not keep:
+                await self.remove(job.id)
 
-    def _enqueue(self, active: _Active, requests: list[GenerationRequest]) -> None:
-        active.jobs = self._model.enqueue(requests, active.request.id, on_start=lambda: self._started(active))
+    async def _forget(self, job_id: str) -> None:
+        with contextlib.suppress(DiffusionError):
+            await self.remove(job_id)
 
-    def _begin(self, active: _Active, checked: Checked | None) -> None:
+    def _enqueue(self, active: Active, checked: Checked, requests: list[GenerationRequest]) -> None:
+        identity = active.request.id
+        active.prompts = self._model.enqueue(checked, requests, identity, on_start=lambda: self._started(active))
+
+    def _begin(self, active: Active, checked: Checked | None) -> None:
         active.task = asyncio.create_task(self._work(active, checked))
 
-    def _started(self, active: _Active) -> None:
+    def _started(self, active: Active) -> None:
         """One of the job's prompts begins to run: count the attempt, and stop if another server has the job."""
         if active.started is not None:
             return
@@ -356,23 +342,23 @@ class Jobs:
 
         async def count() -> None:
             try:
-                if not await asyncio.to_thread(self._store.start, active.request.id):
+                if not await self._in_thread(self._store.start, active.request.id):
                     self._stop(active, "lost")
             except Unavailable as error:
                 log(logging.WARNING, "an attempt could not be kept", job=active.request.id, error=str(error))
 
         active.counted = asyncio.create_task(count())
 
-    def _stop(self, active: _Active, why: str) -> None:
+    def _stop(self, active: Active, why: Literal["cancelled", "lost", "stopping"]) -> None:
         if active.stop:
             return
         active.stop = why
-        for job in active.jobs:
+        for job in active.prompts:
             self._model.scheduler.cancel(job.name)
-        if not active.jobs and active.task is not None:
+        if not active.prompts and active.task is not None:
             active.task.cancel()  # it waits for the model
 
-    async def _work(self, active: _Active, checked: Checked | None) -> None:
+    async def _work(self, active: Active, checked: Checked | None) -> None:
         """From an accepted job to its outcome in the store."""
         job_id = active.request.id
         request_id.set(job_id)
@@ -382,8 +368,8 @@ class Jobs:
                     checked = await self._again(active)
                 begun = time.monotonic() - (time.time() - active.request.created)
                 with self._model.counted("jobs") as count:
-                    count.prompts = len(active.jobs)
-                    results = await self._model.finish(active.jobs, checked.timeout, begun)
+                    count.prompts = len(active.prompts)
+                    results = await self._model.finish(active.prompts, checked.timeout, begun)
                 outcome = Outcome(time.time(), await self._keep(active.request, results))
             finally:
                 await self._counted(active)
@@ -391,30 +377,28 @@ class Jobs:
             if active.stop != "cancelled":
                 self._active.pop(job_id, None)
                 return
-            outcome = Outcome(time.time(), error=_job_error(Cancelled("the job was cancelled")))
+            outcome = cancelled()
         except DiffusionError as error:
             if active.stop in ("lost", "stopping") or (isinstance(error, NotReady) and self._stopping):
                 self._active.pop(job_id, None)  # another server, or the next one, has it
                 return
-            if active.stop == "cancelled":
-                error = Cancelled("the job was cancelled")
-            outcome = Outcome(time.time(), error=_job_error(error))
+            outcome = cancelled() if active.stop == "cancelled" else Outcome(time.time(), error=_job_error(error))
         except Exception as error:
             outcome = Outcome(time.time(), error=_job_error(GenerationFailed(unexpected(error, job_id))))
         await self._end(active, outcome)
 
-    async def _again(self, active: _Active) -> Checked:
+    async def _again(self, active: Active) -> Checked:
         """Check and enqueue a job that another process has accepted, once the model is there."""
         while True:
             while not await self._model.healthy():  # noqa: ASYNC110 (it has no event for all that it depends on)
                 await asyncio.sleep(0.2)
             with contextlib.suppress(NotReady):  # the engine has died since
                 checked = self._model.check([dict(row) for row in active.request.rows], "", {})
-                self._enqueue(active, await checked.complete())
+                self._enqueue(active, checked, await checked.complete())
                 return checked
             await asyncio.sleep(0.2)
 
-    async def _counted(self, active: _Active) -> None:
+    async def _counted(self, active: Active) -> None:
         if active.counted is not None:
             await asyncio.wait([active.counted])
 
@@ -423,7 +407,17 @@ class Jobs:
         token = secrets.token_hex(4)  # two servers that run one job must not write over each other's files
 
         def put() -> tuple[StoredResult, ...]:
-            stored = []
+            stored: list[StoredResult] = []
+            done: list[str] = []
+            try:
+                fill(stored, done)
+            except Unavailable:
+                with contextlib.suppress(Unavailable):
+                    self._outputs.delete(done)
+                raise
+            return tuple(stored)
+
+        def fill(stored: list[StoredResult], done: list[str]) -> None:
             for row, result in enumerate(results):
                 told = StoredResult.of(
                     result, [f"{request.id}/{token}-{row}-{i}.{m.format}" for i, m in enumerate(result.media)]
@@ -434,19 +428,19 @@ class Jobs:
                     )
                     facts["job"] = request.id
                     self._outputs.put(media.key, item.data, media.content_type, describe(facts))
+                    done.append(media.key)
                 stored.append(told)
-            return tuple(stored)
 
-        return await self._call(put)  # type: ignore[no-any-return]
+        return await self._call(put)
 
-    async def _end(self, active: _Active, outcome: Outcome) -> None:
+    async def _end(self, active: Active, outcome: Outcome) -> None:
         """Keep the outcome, as often as it takes while the server lives."""
         job_id = active.request.id
         while True:
             try:
-                first = await asyncio.to_thread(self._store.finish, job_id, outcome)
+                first = await self._in_thread(self._store.finish, job_id, outcome)
                 if not first and outcome.results:
-                    await asyncio.to_thread(self._outputs.delete, [media.key for media in outcome.media])
+                    await self._in_thread(self._outputs.delete, [media.key for media in outcome.media])
                 break
             except Unavailable as error:
                 log(logging.WARNING, "an outcome could not be kept; trying again", job=job_id, error=str(error))
@@ -457,29 +451,25 @@ class Jobs:
         status = "failed" if outcome.error else "completed"
         log(logging.INFO, f"job {status}", job=job_id, error=outcome.error.message if outcome.error else None)
 
-    async def _key(self, headers: Mapping[str, str], body: bytes) -> tuple[str, str]:
-        """Digests of the credential with its Idempotency-Key, and of the body; empty without a key."""
-        key = headers.get("idempotency-key")
-        if not key:
-            return "", ""
-        if len(key) > MAX_KEY_LENGTH:
-            raise InvalidRequest(f"Idempotency-Key: {shown(key)} is longer than {MAX_KEY_LENGTH} characters")
-        scoped = hashlib.sha256(f"{credential.get()}\n{key}".encode()).hexdigest()
-        return scoped, await asyncio.to_thread(lambda: hashlib.sha256(body).hexdigest())
-
-    async def _joined(self, job_id: str, kept: str, fingerprint: str, headers: Mapping[str, str]) -> Job:
-        if kept != fingerprint:
-            key = headers["idempotency-key"][:80]
-            raise Conflict(f"Idempotency-Key: {key!r} came with another body; use a new key for a new request")
+    async def _joined(self, job_id: str, fingerprint: str, draft: JobRequest, key: str) -> Job:
+        if fingerprint != draft.fingerprint:
+            raise conflict(key)
         return await self.get(job_id)
 
-    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         """`function` in a thread. Raises NotReady for Unavailable."""
         try:
-            return await asyncio.to_thread(function, *arguments)
+            return await self._in_thread(function, *arguments)
         except Unavailable as error:
-            log(logging.ERROR, "the job store failed", error=str(error))
-            raise NotReady("the store of jobs and results cannot be reached", retry_after=5) from error
+            raise _unreachable(error) from error
+
+
+def _unreachable(error: Unavailable | None = None) -> NotReady:
+    log(logging.ERROR, "the job store failed", error=str(error) if error else None)
+    return NotReady("the store of jobs and results cannot be reached", retry_after=5)
 
 
 def _completed(job: Job) -> Outcome:

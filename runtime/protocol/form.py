@@ -33,7 +33,7 @@ def parse_form(body: bytes, content_type: str) -> dict[str, Any]:
     delimiter = b"\r\n--" + (found[1] or found[2]).encode("latin-1")
     body = b"\r\n" + body  # the first delimiter may have no line break before it
     if body.count(delimiter) > MAX_PARTS:
-        raise InvalidRequest(f"body: more than {MAX_PARTS} parts")
+        raise InvalidRequest(f"body: {body.count(delimiter)} parts; at most {MAX_PARTS} fit")
     _, *parts = body.split(delimiter)
     if not parts or not parts[-1].startswith(b"--"):
         raise InvalidRequest("body: the form is cut off: its last boundary is missing")

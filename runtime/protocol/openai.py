@@ -1,4 +1,4 @@
-"""OpenAI's images API: wire to fields, jobs and results to wire."""
+"""OpenAI's images API: wire to fields, results to wire; and what the videos API shares with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ VIDEO_SCHEMA = body_schema(_VIDEO, VIDEO_PICTURES, seconds={"type": ["string", "
 def decode_image(raw: Mapping[str, Any], form: bool, edit: bool, schema: Schema, media: Media) -> Asked:
     """A body of images/generations or images/edits; of a form all values are text. Raises InvalidRequest."""
     if media != "image":
-        raise InvalidRequest("model: it makes videos; send the request to /v1/videos")
+        raise InvalidRequest("model: the served model makes videos; send the request to /v1/videos")
     if edit and "image" not in schema.parameters:
         raise InvalidRequest(f"image: {schema.refused.get('image', 'this model takes no source pictures')}")
     if not edit and "image" in schema.parameters and schema.parameters["image"].required:
@@ -139,9 +139,11 @@ def as_number(kind: str, value: Any) -> Any:
     text = value.strip()
     if kind == "boolean":
         return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), value)
+    if len(text) > 40:
+        return value
     if kind == "integer" and re.fullmatch(r"[+-]?[0-9]{1,30}", text):
         return int(text)
-    if kind in ("integer", "number") and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text[:40]):
+    if kind in ("integer", "number") and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
         return float(text)
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from runtime.errors import DiffusionError, Gone, ModelNotFound, Unauthorized, all_errors
+from runtime.errors import DiffusionError, GenerationFailed, Gone, ModelNotFound, Unauthorized, all_errors
 from runtime.jobs.record import JobError
 
 # Where errors have OpenAI's shape.
@@ -55,7 +55,10 @@ def _code(status: int, message: str, error: BaseException | None) -> str:
 
 
 def raised(error: JobError) -> DiffusionError:
-    """Why a job failed, as the error that a synchronous request would have met."""
+    """Why a job failed, as the error that a synchronous request would have met; one that a client would try again is
+    a plain failure here, as this job will not end otherwise."""
+    if error.http_status in RETRIED:
+        return GenerationFailed(error.message)
     classes = all_errors()
     same = [c for c in classes if c("").code == error.code] or [
         c for c in classes if c.http_status == error.http_status

@@ -22,7 +22,7 @@ def decode_video(raw: Mapping[str, Any], form: bool, schema: Schema, media: Medi
     """A body of /v1/video/generations (`inline`: it gives the video in its answer), /v1/videos or /v1/videos/sync.
     Raises InvalidRequest."""
     if media != "video":
-        raise InvalidRequest("model: it makes pictures; send the request to /v1/images/generations")
+        raise InvalidRequest("model: the served model makes pictures; send the request to /v1/images/generations")
     values, pictures = split(raw, VIDEO_PICTURES)
     if pictures and "image" not in schema.parameters:
         reason = schema.refused.get("image", "this model takes no source pictures")

@@ -57,6 +57,8 @@ async def draw(repository: ModelRepository, request: Request, edit: bool) -> Res
         asked = decode_image(raw, form, edit, checker.schema, checker.media)
         fields = await filled(model, asked)
         known = {"model": model.name, "edit": edit, "ignored": asked.ignored}
+        if asked.stream and "idempotency-key" in headers:
+            raise InvalidRequest("stream: a stream can't be joined by an Idempotency-Key; leave one of them out")
         as_job = wants_async(headers) or asked.response_format == "url"
         if (asked.stream or as_job) and not model.check([fields], "", headers).dry_run:
             count.prompts = 0  # it is counted when it ends
@@ -65,7 +67,7 @@ async def draw(repository: ModelRepository, request: Request, edit: bool) -> Res
             job = await model.jobs.submit("images", [fields], "", headers, known, body)
             return accepted(model, job, request) if wants_async(headers) else await by_url(model, request, job)
         if asked.response_format == "file" and fields.get("n", 1) != 1:
-            raise InvalidRequest("response_format: file is for one picture; n is more")
+            raise InvalidRequest(f"n: {fields['n']} pictures; with response_format: file it must be 1")
         (result,) = await model.once(headers, body, lambda: model.generate([fields], "", headers, count))
     if isinstance(result, Estimate):
         return json_response(encode_estimate(result, known))
@@ -96,12 +98,7 @@ async def waited(model: DiffusionModel, request: Request, job: Job) -> Job:
 
     Raises what a synchronous request raises.
     """
-    try:
-        done: Job = await model.jobs.wait(job.id)
-    except asyncio.CancelledError:
-        if "idempotency-key" not in request.headers:
-            await model.jobs.remove(job.id)
-        raise
+    done: Job = await model.jobs.wait(job.id, keep="idempotency-key" in request.headers)
     if done.outcome is not None and done.outcome.error is not None:
         raise raised(done.outcome.error)
     return done

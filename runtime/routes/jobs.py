@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,9 +11,8 @@ from kserve import InferResponse
 from kserve.model_repository import ModelRepository
 
 from runtime.access import is_signed
-from runtime.errors import Gone, NotFound, NotReady, shown
+from runtime.errors import NotFound, NotReady, shown
 from runtime.jobs.record import Job
-from runtime.jobs.store import Unavailable
 from runtime.model import DiffusionModel
 from runtime.protocol import v1, v2
 from runtime.protocol.jobs import encode_job
@@ -35,7 +34,7 @@ def accepted(model: DiffusionModel, job: Job, request: Request) -> Response:
     """202: the job is kept, and Location tells where to ask for it."""
     base = f"{base_of(request)}/jobs"
     headers = {"location": f"{base}/{job.id}", "preference-applied": "respond-async"}
-    return json_response(encode_job(job, base, model._settings.result_ttl_s), 202, headers)
+    return json_response(encode_job(job, base, model.jobs.lifetimes.result), 202, headers)
 
 
 async def result_of(model: DiffusionModel, job: Job) -> Any:
@@ -72,15 +71,7 @@ async def content(model: DiffusionModel, request: Request, job: Job, index: int)
     if part:
         headers["content-range"] = f"bytes {start}-{end - 1}/{media.size}"
 
-    def read() -> Iterator[bytes]:
-        try:
-            yield from model.jobs.read(media, start, end)
-        except KeyError:
-            raise Gone(f"the results of job {job.id} have expired") from None
-        except Unavailable as error:
-            raise NotReady("the store of results cannot be reached", retry_after=5) from error
-
-    chunks = iter(()) if request.method == "HEAD" else read()
+    chunks = iter(()) if request.method == "HEAD" else model.jobs.read(media, start, end)
     return Pieces(chunks, 206 if part else 200, headers, media.content_type)
 
 
@@ -91,7 +82,7 @@ def router(repository: ModelRepository) -> APIRouter:
     async def status(job_id: str, request: Request) -> Response:
         model = served(repository)
         job = await model.jobs.get(job_id)
-        return json_response(encode_job(job, f"{base_of(request)}/jobs", model._settings.result_ttl_s))
+        return json_response(encode_job(job, f"{base_of(request)}/jobs", model.jobs.lifetimes.result))
 
     @routes.get("/v1/jobs/{job_id}/result")
     async def result(job_id: str) -> Response:

@@ -50,18 +50,27 @@ async def filled(model: DiffusionModel, asked: Asked) -> dict[str, Any]:
     """The request's fields, its pictures among them, those that are URLs fetched. Raises InvalidRequest."""
     if not asked.pictures:
         return asked.fields
-    settings, most = model._settings, model.checker.schema.parameters["image"].max_items
+    settings, most = model.settings, model.checker.schema.parameters["image"].max_items
     if len(asked.pictures) > most:
-        raise InvalidRequest(f"image: {len(asked.pictures)} pictures; this model takes at most {most}")
+        raise InvalidRequest(
+            f"{asked.pictures[most][0]}: {len(asked.pictures)} pictures; this model takes at most {most}"
+        )
 
-    async def read(name: str, value: Any) -> Any:
-        is_url, value = source(name, value)
+    sources = [(name, *source(name, value)) for name, value in asked.pictures]
+    if any(is_url for _, is_url, _ in sources):  # nobody is asked for a picture while a field is wrong
+        model.check([{**asked.fields, "image": ["-"] * len(sources)}], "", {})
+
+    async def read(name: str, is_url: bool, value: Any) -> Any:
         if not is_url:
             return value
         return await fetch_picture(value, name, settings.allowed_image_hosts, settings.max_source_image_bytes)
 
-    pictures = await asyncio.gather(*(read(name, value) for name, value in asked.pictures))
-    return {**asked.fields, "image": pictures}
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(read(*source)) for source in sources]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return {**asked.fields, "image": [task.result() for task in tasks]}
 
 
 def router(repository: ModelRepository) -> APIRouter:

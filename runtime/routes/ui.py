@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from kserve.model_repository import ModelRepository
 
-from runtime.errors import NotFound
+from runtime.errors import NotFound, shown
 
 FOLDER = Path(__file__).resolve().parent.parent / "ui"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -33,8 +33,8 @@ def router(repository: ModelRepository) -> APIRouter:
     page = files.pop("index.html")
 
     def check_enabled() -> None:
-        if not all(model._settings.enable_ui for model in repository.get_models().values()):
-            raise NotFound("the page is off (ENABLE_UI)")
+        if not all(model.settings.enable_ui for model in repository.get_models().values()):
+            raise NotFound("the page is off; ENABLE_UI=true turns it on")
 
     @routes.api_route("/ui", methods=["GET", "HEAD"])
     async def redirect() -> Response:
@@ -51,7 +51,7 @@ def router(repository: ModelRepository) -> APIRouter:
     async def file(request: Request, name: str) -> Response:
         check_enabled()
         if name not in files:
-            raise NotFound("the page has no such file")
+            raise NotFound(f"the page has no file {shown(name)}")
         return answer(request, files[name], Path(name).suffix)
 
     return routes

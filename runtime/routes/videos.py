@@ -86,7 +86,7 @@ def router(repository: ModelRepository) -> APIRouter:
     async def page(request: Request) -> Response:
         model = served(repository)
         jobs, more = await model.jobs.page(("videos",), *page_of(request.query_params))
-        return json_response(encode_page(jobs, more, model._settings.result_ttl_s))
+        return json_response(encode_page(jobs, more, model.jobs.lifetimes.result))
 
     @routes.get("/videos/{video_id}")
     async def retrieve(video_id: str) -> Response:
@@ -167,7 +167,7 @@ async def by_url(model: DiffusionModel, request: Request, job: Job) -> Response:
 
 def video(model: DiffusionModel, job: Job) -> Response:
     """The video object; the SDK's `poll` asks again when the header says."""
-    told = encode_video(job, model._settings.result_ttl_s)
+    told = encode_video(job, model.jobs.lifetimes.result)
     pause = min(5.0, max(0.25, (job.progress.eta or 0.0) / 20))
     return json_response(
         told, headers={"openai-poll-after-ms": str(int(pause * 1000))} if job.outcome is None else None

@@ -21,7 +21,8 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from runtime.errors import InvalidRequest
-from runtime.media import MIME_TYPES, encode_image, encode_video, frames_to_uint8, read_image
+from runtime.jobs.record import CONTENT_TYPES
+from runtime.media import encode_image, encode_video, frames_to_uint8, read_image
 from runtime.types import SourceImage
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -361,7 +362,7 @@ def test_pictures_are_repeatable_and_without_metadata(format: str) -> None:
     assert encode_image(noted, format, None) == data
     assert noted.info["dpi"] == (300, 300)
     decoded = Image.open(io.BytesIO(data))
-    assert Image.MIME[decoded.format or ""] == MIME_TYPES[format]
+    assert Image.MIME[decoded.format or ""] == CONTENT_TYPES[format]
     error = np.asarray(decoded.convert("RGB")).astype(float) - np.asarray(image)
     assert np.sqrt((error**2).mean()) < 3
     assert not {"exif", "icc_profile", "comment", "dpi"} & set(decoded.info)

@@ -20,7 +20,7 @@ from runtime.families.base import Limits, Schema
 from runtime.families.requests import RequestChecker
 from runtime.protocol import grpc, v1, v2
 from runtime.protocol.wire import CHUNK, Base64, parse, pieces
-from runtime.routes.responses import Chunked
+from runtime.routes.responses import Chunked, chunks
 from runtime.types import Capabilities, GeneratedMedia, GenerationRequest, GenerationResult, SourceImage
 
 
@@ -143,11 +143,11 @@ def test_base64_is_not_in_its_repr() -> None:
 def test_a_large_body_is_never_whole() -> None:
     """A media's text exists a chunk at a time; the body declares its true length."""
     data = random.Random(0).randbytes(5 * CHUNK + 1)
-    response = Chunked(pieces({"a": Base64(data), "b": [1]}), "application/json")
-    chunks = [bytes(chunk) for chunk in response._chunks()]
-    body = b"".join(chunks)
+    parts = list(pieces({"a": Base64(data), "b": [1]}))
+    response, sent = Chunked(parts, "application/json"), [bytes(chunk) for chunk in chunks(parts)]
+    body = b"".join(sent)
     assert json.loads(body) == {"a": base64.b64encode(data).decode(), "b": [1]}
-    assert max(map(len, chunks)) <= CHUNK // 3 * 4
+    assert max(map(len, sent)) <= CHUNK // 3 * 4
     assert response.headers["content-length"] == str(len(body))
     assert response.headers["content-type"] == "application/json"
 
@@ -155,10 +155,11 @@ def test_a_large_body_is_never_whole() -> None:
 @pytest.mark.parametrize("sizes", [(), (0,), (1, CHUNK, 1), (CHUNK + 1, 0, 2 * CHUNK), (5, 6, 7)])
 def test_binary_parts_are_sent_in_chunks(sizes: tuple[int, ...]) -> None:
     parts = [random.Random(i).randbytes(size) for i, size in enumerate(sizes)]
-    response = Chunked([*parts, bytearray(b"end")], "application/octet-stream", {"x": "y"})
-    chunks = [bytes(chunk) for chunk in response._chunks()]
-    assert b"".join(chunks) == b"".join(parts) + b"end"
-    assert max(map(len, chunks)) <= 2 * CHUNK
+    whole = [*parts, bytearray(b"end")]
+    response = Chunked(whole, "application/octet-stream", {"x": "y"})
+    sent = [bytes(chunk) for chunk in chunks(whole)]
+    assert b"".join(sent) == b"".join(parts) + b"end"
+    assert max(map(len, sent)) <= 2 * CHUNK
     assert response.headers["content-length"] == str(sum(sizes) + 3)
     assert response.headers["x"] == "y"
 

@@ -24,9 +24,6 @@ ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTE
 EPS = 1e-5
 
 
-BACKENDS = ("auto", *ATTENTION, "flash-attn", "native")
-
-
 def attention_backend(setting: str, device: torch.device, dtype: torch.dtype) -> str:
     """cuDNN's on Hopper and later (on an H200 641 TFLOP/s against FlashAttention-2's 369). Before, FlashAttention-2:
     the flash-attn package's where it is installed, else PyTorch's. What PyTorch takes by itself for float32 and

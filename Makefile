@@ -50,7 +50,7 @@ test-gpu: setup ## Run the tests that need a CUDA device; fails where there is n
 	@$(PY) -m pytest -q -m gpu tests
 
 test-browser: setup ## Run the tests of the page in the system's Chromium; fails where there is none
-	@$(PY) -m pytest -q -m browser tests/browser
+	@$(PY) -m pytest -q -m browser -n auto tests/browser
 
 test-v1: setup ## Call the endpoint at URL over v1, save the result
 	@$(PY) -m runtime.demo call --url $(URL) --model $(MODEL) --protocol v1

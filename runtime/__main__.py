@@ -123,7 +123,7 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
                 uvicorn.should_exit = True
                 for task in ours:  # the supervisor among them, which would start the engine again
                     task.cancel()
-                await model.jobs.close()
+                await model.jobs.close(max(1.0, ends - loop.time() - 1.0))
                 await grpc_server.stop()
                 await engine.stop()
                 with contextlib.suppress(asyncio.TimeoutError):  # large answers go on to slow readers
@@ -211,4 +211,7 @@ def _check_port(name: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a thread that waits for a store that is away must not hold the end

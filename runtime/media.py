@@ -29,7 +29,7 @@ Image.MAX_IMAGE_PIXELS = None
 # Pillow warns about odd metadata in words that the sender chooses: nothing for the log.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-FITS = "send base64 or a data URI of a PNG, JPEG, WebP or GIF picture"
+FITS = "send base64 or a data URI of a PNG, JPEG, WebP or GIF picture (paths are not read)"
 
 # Pillow parses headers in Python, a read per part: this many reads take some 0.1 s, and real files need a few
 # thousand at most.

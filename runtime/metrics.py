@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from runtime.errors import DiffusionError
@@ -48,6 +50,14 @@ OUTCOMES = {
     "OutOfMemory": "out_of_memory",
     "Conflict": "invalid",
 }
+
+
+@dataclass
+class Count:
+    """What a call's end adds to `diffusion_requests`."""
+
+    prompts: int = 1
+    outcome: str | None = "ok"  # None adds nothing, whatever happens
 
 
 def outcome(error: BaseException) -> str:

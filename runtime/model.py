@@ -25,18 +25,11 @@ from runtime.idempotency import Idempotency, digest, key_of
 from runtime.jobs.manager import Jobs
 from runtime.jobs.open import open_stores
 from runtime.logs import credential, log, request_id
+from runtime.metrics import Count
 from runtime.protocol import v1, v2
 from runtime.scheduler import Job, Scheduler
 from runtime.settings import Settings
 from runtime.types import Estimate, GenerationRequest, GenerationResult
-
-
-@dataclass
-class Count:
-    """What a call's end adds to the metrics."""
-
-    prompts: int = 1
-    outcome: str | None = "ok"  # None adds nothing
 
 
 @dataclass(frozen=True)
@@ -242,7 +235,8 @@ class DiffusionModel(Model):  # type: ignore[misc]
         try:
             yield count
         except BaseException as error:
-            metrics.REQUESTS.labels(self.name, protocol, metrics.outcome(error)).inc(count.prompts)
+            if count.outcome is not None:
+                metrics.REQUESTS.labels(self.name, protocol, metrics.outcome(error)).inc(count.prompts)
             raise
         if count.outcome is not None:
             metrics.REQUESTS.labels(self.name, protocol, count.outcome).inc(count.prompts)

@@ -125,6 +125,8 @@ class FolderResults:
         found, now = [], time.time()
         with _told(self._folder):
             for folder in self._folder.iterdir():
+                if not _JOB.fullmatch(folder.name):  # a volume's own, such as .snapshot
+                    continue
                 sizes, ages = 0, []
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, not ours
                     for path in folder.iterdir():

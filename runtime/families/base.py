@@ -220,7 +220,9 @@ def check_value(p: Parameter, value: Any) -> Any:
     """`value` as `p` wants it, or InvalidRequest. Numbers are not read from strings, nor booleans from numbers."""
 
     def refuse(why: str = "") -> InvalidRequest:
-        return InvalidRequest(f"{p.name}: {shown(value)} {why or 'is not ' + p.fits()}")
+        text = p.kind == "string" and not p.choices and not isinstance(value, int | float)
+        told = _form_of(value) if text else shown(value)  # prompts stay out of the log
+        return InvalidRequest(f"{p.name}: {told} {why or 'is not ' + p.fits()}")
 
     if p.kind == "image":
         return value
@@ -228,7 +230,7 @@ def check_value(p: Parameter, value: Any) -> Any:
         if not isinstance(value, str):
             raise refuse()
         if p.max_length is not None and len(value) > p.max_length:
-            raise refuse(f"is too long: {len(value)} characters, at most {p.max_length}")
+            raise refuse(f"is too long; at most {p.max_length} fit")
         if any("\ud800" <= c <= "\udfff" for c in value):  # lone surrogates: legal in JSON, in no encoding
             raise refuse("is not valid Unicode text")
         if p.choices and value.lower() not in p.choices:
@@ -291,3 +293,12 @@ def check_pixels(width: int, height: int, limit: int) -> None:
             f"width x height: {width} x {height} is {width * height} pixels; at most {limit} fit "
             f"(for example {int(math.sqrt(limit))} x {int(math.sqrt(limit))} and below)"
         )
+
+
+def _form_of(value: Any) -> str:
+    """What a text that does not fit is, without what it says."""
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters"
+    if isinstance(value, bytes):
+        return "a file"
+    return "an object" if isinstance(value, dict) else "a list"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from runtime.jobs.record import Job, JobProgress, JobRequest
+from runtime.metrics import Count
 
 if TYPE_CHECKING:
     from runtime import scheduler
@@ -28,6 +29,7 @@ class Active:
     stop: Literal["", "cancelled", "lost", "stopping"] = ""  # the last: with the server
     task: asyncio.Task[None] | None = None
     counted: asyncio.Task[None] | None = None  # keeps that an attempt was begun
+    count: Count = field(default_factory=Count, repr=False)
     furthest: float = 0.0
 
     def view(self) -> Job:

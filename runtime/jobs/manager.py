@@ -128,7 +128,7 @@ class Jobs:
         if key and (found := await self._call(self._store.find, draft.key)):
             return await self._joined(*found, draft, key)
         with self._model.counted("jobs") as count:
-            count.prompts, count.outcome = len(rows), None  # it is counted when it has ended
+            count.prompts = len(rows)
             checked = self._model.check(rows, label, headers)
             if checked.dry_run:
                 raise InvalidRequest("dry_run: a dry run gives no job; leave Prefer: respond-async out")
@@ -138,9 +138,11 @@ class Jobs:
                 try:
                     await self._call(self._store.create, request)
                 except Duplicate as duplicate:
+                    count.outcome = None
                     return await self._joined(duplicate.job_id, duplicate.fingerprint, draft, key)
                 active = self._active[request.id] = Active(request, self._model.scheduler.eta)
                 self._enqueue(active, checked, requests)
+            count.outcome = None  # it is counted when it has ended
         log(logging.INFO, "job accepted", job=request.id, api=request.api, prompts=len(rows))
         self._begin(active, checked)
         if self._stopping:
@@ -182,6 +184,8 @@ class Jobs:
                 await self._call(self._store.finish, job_id, cancelled())
             elif ended.outcome.error is None:  # it was too late to cancel
                 await self._call(self._store.delete, job_id)
+        elif job.outcome is None and self._stopping:  # left to the next server, which must not run it
+            await self._call(self._store.finish, job_id, cancelled())
         else:
             await self._call(self._store.delete if job.outcome else self._store.cancel, job_id)
         return job
@@ -267,6 +271,8 @@ class Jobs:
                 await work()
             except Unavailable as error:
                 log(logging.WARNING, "the job store fails; jobs go on", error=str(error))
+            except Exception as error:  # a fault of ours in the upkeep of jobs must not end what is served
+                log(logging.ERROR, "the upkeep of jobs failed; it is tried again", exc_info=error)
             await asyncio.sleep(seconds)
 
     async def _beat(self) -> None:
@@ -299,13 +305,17 @@ class Jobs:
         if tasks := [active.task for active in self._active.values() if active.task]:
             await asyncio.wait(tasks)
 
-    async def close(self) -> None:
-        """Leave what has not ended to the next server. Nothing runs any more."""
+    async def close(self, seconds: float) -> None:
+        """Leave what has not ended to the next server, within so many seconds. Nothing runs any more."""
         self.stop_taking()
         for active in list(self._active.values()):
             self._stop(active, "stopping")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.settled(), 5)
+            async with asyncio.timeout(seconds):
+                await self.settled()
+                await self._release()
+
+    async def _release(self) -> None:
         if self._stores is None:
             return
         with contextlib.suppress(Unavailable):
@@ -353,6 +363,8 @@ class Jobs:
         if active.stop:
             return
         active.stop = why
+        if why != "cancelled":
+            active.count.outcome = None  # who runs it counts it
         for job in active.prompts:
             self._model.scheduler.cancel(job.name)
         if not active.prompts and active.task is not None:
@@ -367,10 +379,10 @@ class Jobs:
                 if checked is None:
                     checked = await self._again(active)
                 begun = time.monotonic() - (time.time() - active.request.created)
-                with self._model.counted("jobs") as count:
-                    count.prompts = len(active.prompts)
+                with self._model.counted("jobs") as active.count:
+                    active.count.prompts = len(active.prompts)
                     results = await self._model.finish(active.prompts, checked.timeout, begun)
-                outcome = Outcome(time.time(), await self._keep(active.request, results))
+                    outcome = Outcome(time.time(), await self._keep(active.request, results))
             finally:
                 await self._counted(active)
         except asyncio.CancelledError:

@@ -14,7 +14,7 @@ from runtime.jobs.bucket import PATIENCE, Bucket, probe
 from runtime.jobs.s3 import S3Jobs
 from runtime.jobs.sqlite import SqliteJobs, open_folder
 from runtime.jobs.store import JobStore, Lifetimes, ResultStore, Unavailable
-from runtime.outputs import FolderResults, S3Results
+from runtime.outputs import FolderResults, S3Results, overdue
 from runtime.storage.options import StorageOptions
 from runtime.storage.s3 import S3Source
 
@@ -51,6 +51,8 @@ def open_stores(
 def _open_folder(folder: Path, lifetimes: Lifetimes, temporary: bool) -> tuple[JobStore, ResultStore]:
     try:
         results = FolderResults(folder / "results")
+        for job_id in overdue(results.held(), lifetimes):  # first: they may fill the disk that the jobs need
+            results.drop(job_id)
     except Unavailable as error:
         raise StartupError(f"DATA_DIR: {error}") from error
 

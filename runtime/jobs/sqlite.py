@@ -76,9 +76,10 @@ class SqliteJobs:
                 raise sqlite3.DatabaseError(f"it is damaged ({found})")
             if layout not in (0, LAYOUT):
                 raise sqlite3.DatabaseError(f"it was written by another version (layout {layout})")
-            for statement in filter(str.strip, TABLES.split(";")):
-                self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version={LAYOUT}")
+            if layout == 0:  # a start writes nothing into a database that is there: its disk may be full
+                for statement in filter(str.strip, TABLES.split(";")):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={LAYOUT}")
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             raise StartupError(self._line(error)) from error
@@ -184,22 +185,20 @@ class SqliteJobs:
 
     def sweep(self) -> None:
         now = time.time()
+        with self._reading() as db:
+            running = {row[0] for row in db.execute("SELECT id FROM jobs WHERE outcome IS NULL").fetchall()}
+        late = [job_id for job_id in overdue(self._results.held(), self._lifetimes) if job_id not in running]
+        for job_id in late:  # before anything is written: the disk may be full
+            self._results.drop(job_id)
         with self._changing() as db:
-            old = [
-                row[0]
-                for row in db.execute("SELECT id FROM jobs WHERE ended < ?", (now - self._lifetimes.record,)).fetchall()
-            ]
+            db.executemany("UPDATE jobs SET available = 0 WHERE id = ?", [(job_id,) for job_id in late])
+            ended = (now - self._lifetimes.record,)
+            old = [row[0] for row in db.execute("SELECT id FROM jobs WHERE ended < ?", ended).fetchall()]
             for job_id in old:
                 db.execute("INSERT OR REPLACE INTO gone (id, since) VALUES (?, ?)", (job_id, now))
                 db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-            db.execute("DELETE FROM gone WHERE since < ?", (now - self._lifetimes.record,))
-        late = overdue(self._results.held(), self._lifetimes)
-        with self._changing() as db:  # marked before they are dropped: a result that is promised is there
-            db.executemany(
-                "UPDATE jobs SET available = 0 WHERE id = ? AND outcome IS NOT NULL", [(job_id,) for job_id in late]
-            )
-            running = {row[0] for row in db.execute("SELECT id FROM jobs WHERE outcome IS NULL").fetchall()}
-        for job_id in {*old, *late} - running:
+            db.execute("DELETE FROM gone WHERE since < ?", ended)
+        for job_id in old:
             self._results.drop(job_id)
         with self._lock, self._plainly():
             self._db.executescript("PRAGMA incremental_vacuum")  # `execute` takes one step of it, a page

@@ -15,7 +15,8 @@ from runtime import media
 from runtime.errors import InvalidRequest, NotFound, shown
 from runtime.jobs.record import Job
 from runtime.logs import request_id
-from runtime.model import Count, DiffusionModel
+from runtime.metrics import Count
+from runtime.model import DiffusionModel
 from runtime.protocol.openai import VIDEO_SCHEMA, encode_estimate
 from runtime.protocol.openai_video import (
     VARIANTS,

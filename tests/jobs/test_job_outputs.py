@@ -178,16 +178,16 @@ def test_a_read_that_breaks_goes_on(s3_place, object_store, monkeypatch):
     with link_to(object_store.endpoint) as link:
         s3_place.options = options_of(monkeypatch, {**object_store.env, "AWS_S3_ENDPOINT": link.url})
         jobs, results = s3_place.open()
-        data = random.Random(2).randbytes(8 * MIB)
+        data = random.Random(2).randbytes(32 * MIB)  # more than the sockets between hold
         results.put("job/0-0.mp4", data, "video/mp4", {})
-        parts = results.read("job/0-0.mp4", 5, 7 * MIB)
+        parts = results.read("job/0-0.mp4", 5, 31 * MIB)
         got = next(parts)
         link.lose = 1  # the rest of this answer
         got += b"".join(parts)
-        assert link.lose == 0 and got == data[5 : 7 * MIB]
+        assert link.lose == 0 and got == data[5 : 31 * MIB]
         parts = results.read("job/0-0.mp4")
         got = next(parts)
-        results.put("job/0-0.mp4", b"replaced" * MIB, "video/mp4", {})
+        results.put("job/0-0.mp4", b"replaced" * 4 * MIB, "video/mp4", {})
         link.lose = 1
         with pytest.raises(Unavailable):  # rather than a mixture of two
             list(parts)

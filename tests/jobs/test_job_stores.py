@@ -247,7 +247,7 @@ def test_a_job_that_kills_its_servers(place):
     assert jobs.take() == []
     found = jobs.get(job.id)
     assert found.status == "failed" and found.attempts == 2
-    assert found.outcome.error.code == "server_died" and found.outcome.error.http_status == 503
+    assert found.outcome.error.code == "server_died" and found.outcome.error.http_status == 500
 
 
 def test_a_clean_stop_is_no_attempt(place):

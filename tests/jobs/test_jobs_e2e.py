@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Start = Callable[..., "Server"]
 
 QUICK: dict[str, Any] = {"prompt": "a dog", "num_inference_steps": 2, "size": "64x64", "num_frames": 5}
-LONG: dict[str, Any] = {"prompt": "a slow dog", "num_inference_steps": 200, "size": "256x192", "num_frames": 33}
+LONG: dict[str, Any] = {"prompt": "a slow dog", "num_inference_steps": 100, "size": "256x192", "num_frames": 33}
 SECONDS = 90
 
 
@@ -133,7 +133,7 @@ def test_sigterm_ends_what_runs_and_keeps_what_waits(start: Start, tmp_path: Pat
     flags = ("--data_dir", str(tmp_path / "data"), "--grace_period", "60")
     first = start("wan-ti2v-5b", *flags)
     first.wait_ready()
-    running = post(first, {**LONG, "seed": 1, "num_inference_steps": 100})["id"]
+    running = post(first, {**LONG, "seed": 1, "num_inference_steps": 80})["id"]
     waiting = post(first, {**LONG, "seed": 2})["id"]
     wait_for(lambda: look(first, running)["progress"] > 0, "progress")
     assert first.stop() == 0

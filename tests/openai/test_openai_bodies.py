@@ -143,7 +143,7 @@ def test_a_file_for_an_answer(serve: Serve) -> None:
     assert (status, headers["content-type"]) == (200, "image/png") and size_of(content) == (64, 64)
     assert re.search(r'attachment; filename="\w+\.png"', headers["content-disposition"])
     assert [content] == drawn(server, GENERATE, SMALL)
-    assert error_of(*post(server, GENERATE, {**SMALL, "response_format": "file", "n": 2}))["param"] == "response_format"
+    assert error_of(*post(server, GENERATE, {**SMALL, "response_format": "file", "n": 2}))["param"] == "n"
 
 
 @pytest.mark.parametrize("way", [{"stream": True}, {"response_format": "url"}, {}])

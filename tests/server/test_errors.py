@@ -254,8 +254,11 @@ def test_an_unexpected_error_in_openais_shape(served: Served) -> None:
 def test_a_failed_job_raises_what_a_request_does(name: str) -> None:
     error = CLASSES[name]("says why")
     again = raised(JobError(error.code, str(error), error.http_status))
-    assert (again.http_status, str(again)) == (error.http_status, "says why")
-    assert name == "EngineDied" or type(again) is CLASSES[name]
+    assert str(again) == "says why"
+    if error.http_status in (429, 503):  # a client would send the same again, and this job will not end otherwise
+        assert type(again) is GenerationFailed
+    else:
+        assert type(again) is CLASSES[name]
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("glm", "prompt", True, "is not a string"),
     ("glm", "prompt", ["a dog"], "is not a string"),
     ("glm", "prompt", {"text": "a dog"}, "is not a string"),
-    ("glm", "prompt", "x" * 8001, "is too long: 8001 characters, at most 8000"),
+    ("glm", "prompt", "x" * 8001, "a text of 8001 characters is too long; at most 8000 fit"),
     ("glm", "prompt", "dog \ud83d", "is not valid Unicode text"),
     ("sd15", "negative_prompt", 5, "is not a string"),
     ("sd15", "negative_prompt", "x" * 8001, "too long"),

@@ -30,8 +30,8 @@ from runtime.errors import (
 from runtime.families.base import normalise
 from runtime.idempotency import conflict, digest, key_of
 from runtime.jobs.active import Active
-from runtime.jobs.common import cancelled
-from runtime.jobs.record import Job, JobError, JobRequest, Outcome, StoredMedia, StoredResult, new_id
+from runtime.jobs.ids import new_id
+from runtime.jobs.record import Job, JobError, JobRequest, Outcome, StoredMedia, StoredResult, cancelled
 from runtime.jobs.store import Duplicate, JobStore, Lifetimes, ResultStore, Unavailable, describe
 from runtime.logs import credential, log, request_id, unexpected
 from runtime.metadata import metadata_of
@@ -419,29 +419,27 @@ class Jobs:
         token = secrets.token_hex(4)  # two servers that run one job must not write over each other's files
 
         def put() -> tuple[StoredResult, ...]:
-            stored: list[StoredResult] = []
+            stored = tuple(
+                StoredResult.of(
+                    result, [f"{request.id}/{token}-{row}-{i}.{m.format}" for i, m in enumerate(result.media)]
+                )
+                for row, result in enumerate(results)
+            )
             done: list[str] = []
             try:
-                fill(stored, done)
+                for told, result in zip(stored, results, strict=True):
+                    for media, item in zip(told.media, result.media, strict=True):
+                        facts = metadata_of(
+                            result.request, media.seed, self._model.name, told.model_revision, self._tell_prompts
+                        )
+                        facts["job"] = request.id
+                        self._outputs.put(media.key, item.data, media.content_type, describe(facts))
+                        done.append(media.key)
             except Unavailable:
                 with contextlib.suppress(Unavailable):
                     self._outputs.delete(done)
                 raise
-            return tuple(stored)
-
-        def fill(stored: list[StoredResult], done: list[str]) -> None:
-            for row, result in enumerate(results):
-                told = StoredResult.of(
-                    result, [f"{request.id}/{token}-{row}-{i}.{m.format}" for i, m in enumerate(result.media)]
-                )
-                for media, item in zip(told.media, result.media, strict=True):
-                    facts = metadata_of(
-                        result.request, media.seed, self._model.name, told.model_revision, self._tell_prompts
-                    )
-                    facts["job"] = request.id
-                    self._outputs.put(media.key, item.data, media.content_type, describe(facts))
-                    done.append(media.key)
-                stored.append(told)
+            return stored
 
         return await self._call(put)
 

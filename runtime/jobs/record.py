@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,6 +13,7 @@ from runtime.types import GeneratedMedia, GenerationRequest, GenerationResult
 
 Status = Literal["queued", "in_progress", "completed", "failed"]  # the OpenAI SDK's literals
 CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
+LONG = 64 * 2**10  # bytes of a value in a row that is a picture rather than a parameter
 MAX_ATTEMPTS = 2  # a job whose server died under it is run once more
 
 
@@ -165,6 +165,35 @@ class Job:
         return replace(self, progress=progress)
 
 
-def new_id(api: str) -> str:
-    """An id that sorts by its time: milliseconds since 1970 in hex, then 64 random bits."""
-    return f"{api.removesuffix('s')}_{int(time.time() * 1000):012x}{secrets.token_hex(8)}"
+def cancelled() -> Outcome:
+    """The outcome of a job that was cancelled while nobody had it."""
+    return Outcome(time.time(), error=JobError("cancelled", "the job was cancelled", 499))
+
+
+def server_died() -> Outcome:
+    """The outcome of a job whose attempts are used up."""
+    message = "the server ended while it ran this job, and ended again when it was run once more"
+    return Outcome(time.time(), error=JobError("server_died", message, 500))
+
+
+def progress_of(outcome: Outcome) -> JobProgress:
+    return JobProgress("failed") if outcome.error else JobProgress("completed", 1.0, 0.0)
+
+
+def brief(request: JobRequest) -> JobRequest:
+    """The request without the long values of its rows: its source pictures. It itself where it has none."""
+    if all(_length(value) <= LONG for row in request.rows for value in row.values()):
+        return request
+    return replace(request, rows=tuple(_without_long(row) for row in request.rows))
+
+
+def _without_long(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if _length(value) <= LONG}
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list | tuple) else 0

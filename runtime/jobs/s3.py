@@ -26,8 +26,8 @@ from typing import Any
 import orjson
 
 from runtime.jobs.bucket import Bucket
-from runtime.jobs.common import brief, cancelled, is_id, place, server_died
-from runtime.jobs.record import MAX_ATTEMPTS, Job, JobProgress, JobRequest, Outcome
+from runtime.jobs.ids import is_id, sort_key
+from runtime.jobs.record import MAX_ATTEMPTS, Job, JobProgress, JobRequest, Outcome, brief, cancelled, server_died
 from runtime.jobs.s3_records import Records, State
 from runtime.jobs.store import Lifetimes, Unavailable
 from runtime.outputs import Results
@@ -129,7 +129,7 @@ class S3Jobs:
             ages = {e.key.split("/")[1]: e.age for e in self._bucket.list("owners/")} if opened else {}
             owners = self._pool.map(lambda item: self._owner_of(*item), opened.items())
             for (job_id, found), owner in sorted(
-                zip(opened.items(), owners, strict=True), key=lambda t: place(t[0][0])
+                zip(opened.items(), owners, strict=True), key=lambda t: sort_key(t[0][0])
             ):
                 if owner != self._owner and ages.get(owner, float("inf")) <= self._lease + SLACK:
                     continue

@@ -28,8 +28,8 @@ from itertools import groupby
 import orjson
 
 from runtime.jobs.bucket import Bucket, Entry
-from runtime.jobs.common import born, brief, is_id, place, progress_of
-from runtime.jobs.record import Job, JobProgress, JobRequest, Outcome
+from runtime.jobs.ids import created_at, is_id, sort_key
+from runtime.jobs.record import Job, JobProgress, JobRequest, Outcome, brief, progress_of
 from runtime.jobs.store import Duplicate, Lifetimes, Unavailable
 from runtime.outputs import Results, overdue
 
@@ -183,9 +183,9 @@ class Records:
         if after is not None and not is_id(after):
             return [], False
         walk = self._down if newest_first else self._up
-        runs = [walk(api.removesuffix("s"), place(after) if after else None) for api in apis]
+        runs = [walk(api.removesuffix("s"), sort_key(after) if after else None) for api in apis]
         found: list[State] = []
-        for state in heapq.merge(*runs, key=lambda state: place(state.id), reverse=newest_first):
+        for state in heapq.merge(*runs, key=lambda state: sort_key(state.id), reverse=newest_first):
             if state.there:
                 found.append(state)
                 if len(found) > limit:
@@ -204,7 +204,7 @@ class Records:
             lower = "" if window is None else f"{max(0, int((newest - window) * 1000)):012x}"
             found = []
             for state in self._states(f"jobs/{prefix}_", f"jobs/{prefix}_{lower}"):
-                if place(state.id) >= upper:
+                if sort_key(state.id) >= upper:
                     break
                 found.append(state)
             yield from reversed(found)
@@ -272,7 +272,7 @@ class Records:
             states: Iterable[State] = self._states("jobs/", after)
             after = ""
             for state in states:
-                age = min((e.age + e.modified for e in state.objects.values()), default=0.0) - born(state.id)
+                age = min((e.age + e.modified for e in state.objects.values()), default=0.0) - created_at(state.id)
                 if age <= self._lifetimes.record:
                     after = f"jobs/{state.id.rpartition('_')[0]}_g"  # behind every hexadecimal number
                     break

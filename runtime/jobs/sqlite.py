@@ -16,8 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import StartupError
-from runtime.jobs.common import brief, cancelled, is_id, place, progress_of, server_died
-from runtime.jobs.record import MAX_ATTEMPTS, Job, JobProgress, JobRequest, Outcome
+from runtime.jobs.ids import is_id, sort_key
+from runtime.jobs.record import (
+    MAX_ATTEMPTS,
+    Job,
+    JobProgress,
+    JobRequest,
+    Outcome,
+    brief,
+    cancelled,
+    progress_of,
+    server_died,
+)
 from runtime.jobs.store import Duplicate, Lifetimes, Unavailable
 from runtime.outputs import Results, overdue, plain
 
@@ -87,7 +97,7 @@ class SqliteJobs:
     def create(self, request: JobRequest) -> None:
         short = brief(request)
         whole = None if short is request else request.to_json()
-        row = (request.id, place(request.id), request.api, request.key, request.fingerprint, short.to_json(), whole)
+        row = (request.id, sort_key(request.id), request.api, request.key, request.fingerprint, short.to_json(), whole)
         with self._lock:
             with self._changing() as db:
                 found = self._by_key(request.key)
@@ -120,7 +130,7 @@ class SqliteJobs:
         values: list[Any] = [*apis]
         if after is not None:
             where += f" AND place {'<' if newest_first else '>'} ?"
-            values.append(place(after))
+            values.append(sort_key(after))
         order = "DESC" if newest_first else "ASC"
         with self._reading() as db:
             rows = db.execute(

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import psutil
 import pytest
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -298,6 +301,35 @@ def test_sigterm_finishes_what_was_accepted(watched: Callable[..., Any]) -> None
     assert server.process.wait(SECONDS) == 0
     _, alive = psutil.wait_procs([engine], SOON)
     assert not alive
+
+
+def test_sigterm_answers_grpc_calls_that_run_and_refuses_new_ones(watched: Callable[..., Any]) -> None:
+    server, _ = watched()
+    (slow,) = reference(server, {**SLOW, "n": 1})
+
+    def message(**fields: Any) -> Any:
+        asked = pb.ModelInferRequest(model_name=server.name)
+        asked.inputs.add(name="prompt", shape=[1], datatype="BYTES").contents.bytes_contents.append(
+            fields.pop("prompt").encode()
+        )
+        for name, value in fields.items():
+            asked.parameters[name].int64_param = value
+        return asked
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        running = stub.ModelInfer.future(message(**SLOW), timeout=SECONDS)
+        wait_for(lambda: "running" in states(server), "the call runs")
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not ready(server), "draining")
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(message(**QUICK), timeout=SECONDS)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert ("retry-after", "5") in refused.value.trailing_metadata()
+        (picture, _) = running.result().raw_output_contents or running.result().outputs
+    data = picture if isinstance(picture, bytes) else picture.contents.bytes_contents[0]
+    assert data.endswith(base64.b64decode(slow))  # raw contents have a length in front
+    assert server.process.wait(SECONDS) == 0
 
 
 def test_sigterm_while_a_source_picture_is_decoded(watched: Callable[..., Any]) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from runtime import settings
 from runtime.errors import StartupError
+from runtime.jobs.ids import new_id
 from runtime.jobs.open import open_stores
-from runtime.jobs.record import JobProgress, JobRequest, Outcome, new_id
+from runtime.jobs.record import JobProgress, JobRequest, Outcome
 from runtime.jobs.store import JobStore, Lifetimes, ResultStore, Unavailable
 
 

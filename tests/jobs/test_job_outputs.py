@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from runtime.jobs.record import new_id
+from runtime.jobs.ids import new_id
 from runtime.jobs.store import Unavailable, describe
 from runtime.outputs import FolderResults, Held, overdue
 from tests.jobs.conftest import LIFETIMES, options_of

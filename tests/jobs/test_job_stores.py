@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime.jobs.record import JobError, JobProgress, JobRequest, Outcome, StoredMedia, StoredResult, new_id
+from runtime.jobs.ids import new_id
+from runtime.jobs.record import JobError, JobProgress, JobRequest, Outcome, StoredMedia, StoredResult
 from runtime.jobs.store import Duplicate, Lifetimes
 from tests.jobs.conftest import LIFETIMES
 

@@ -343,10 +343,3 @@ def test_results_are_fetched_from_the_store(shared: Callable[..., Server], objec
         urllib.request.urlopen(url.replace("X-Amz-Signature=", "X-Amz-Signature=0"))
     assert "X-Amz-Signature" not in server.log.read_text()
     assert server.stop() == 0
-
-
-def test_a_store_that_fails_is_told_and_nothing_falls_back(shared: Callable[..., Server], tmp_path: Path) -> None:
-    server = shared("--aws_s3_endpoint", "http://127.0.0.1:9")
-    assert server.process.wait(SECONDS) == 1
-    (line,) = [line for line in server.log.read_text().splitlines() if line.startswith("diffusion-runtime: ")]
-    assert "OUTPUT_URI" in line and "127.0.0.1:9" in line

@@ -189,7 +189,7 @@ def test_leaving_a_stream_stops_the_device(serve: Serve) -> None:
             prompt="x", stream=True, extra_body=SLOW, extra_headers={"x-request-id": "leaves-a-stream"}
         )
         assert next(iter(stream)).type == "image_generation.progress"
-        assert state_of(server, "leaves-a-stream") == "running"
+        until(lambda: state_of(server, "leaves-a-stream") == "running", 20)
         stream.close()
     until(lambda: state_of(server, "leaves-a-stream") == "cancelled", 20)
 

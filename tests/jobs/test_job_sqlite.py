@@ -7,15 +7,18 @@ import shutil
 import sqlite3
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import StartupError
+from runtime.jobs.ids import new_id
 from runtime.jobs.open import open_stores
 from runtime.jobs.store import Unavailable
 from runtime.storage.options import StorageOptions
+from tests.conftest import ROOT
 from tests.jobs.conftest import LEASE, LIFETIMES
 from tests.jobs.test_job_stores import outcome, request
 
@@ -184,6 +187,37 @@ def test_a_disk_that_is_full_from_the_start(server, tmp_path):
     out, err = running.process.communicate(timeout=60)
     assert (running.process.returncode, out) == (1, "")
     assert "the disk is full" in err and err.count("\n") == 1
+
+
+def test_a_disk_that_expired_results_have_filled(server, tmp_path):
+    """The start makes room before it needs any: else no start would ever do."""
+    before = on_tmpfs(tmp_path, 2)
+    old = tmp_path / "results" / new_id("images")
+    code = f"from tests.jobs.test_job_sqlite import open_and_close; open_and_close({str(tmp_path)!r})"
+    write = f'{sys.executable} -c "{code}"'
+    fill = f"{write}; mkdir {old}; head -c 4000000 /dev/zero > {old}/0-0.png; touch -d '2 days ago' {old}/0-0.png"
+    before[4] = before[4].replace("exec", f"cd {ROOT} && {fill}; exec")
+    running = server(before=before, DATA_DIR=str(tmp_path))
+    assert running.told() == "ready"
+    assert isinstance(running.ask("create", "fits"), str)
+
+
+def open_and_close(folder):
+    open_stores(folder, None, StorageOptions(), LIFETIMES, LEASE)[0].close()
+
+
+def test_folders_that_are_not_ours(tmp_path):
+    """A volume's own, or an operator's: they stay, and nothing ends of them."""
+    jobs, _ = open_stores(str(tmp_path), None, StorageOptions(), LIFETIMES, LEASE)
+    foreign = [tmp_path / "results" / name for name in (".snapshot", "lost+found", "my notes")]
+    for folder in foreign:
+        folder.mkdir()
+        (folder / "x").write_bytes(b"x")
+        os.utime(folder / "x", (0, 0))
+    jobs.sweep()
+    jobs.close()
+    open_and_close(str(tmp_path))
+    assert all((folder / "x").exists() for folder in foreign)
 
 
 def test_room_is_given_back(tmp_path):

@@ -134,14 +134,18 @@ def test_sigterm_ends_what_runs_and_keeps_what_waits(start: Start, tmp_path: Pat
     first = start("wan-ti2v-5b", *flags)
     first.wait_ready()
     running = post(first, {**LONG, "seed": 1, "num_inference_steps": 80})["id"]
-    waiting = post(first, {**LONG, "seed": 2})["id"]
+    waiting, unwanted = (post(first, {**LONG, "seed": seed})["id"] for seed in (2, 3))
     wait_for(lambda: look(first, running)["progress"] > 0, "progress")
-    assert first.stop() == 0
+    first.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: first.request("GET", "/v2/health/ready")[0] == 503, "draining")
+    assert first.request("DELETE", f"/v1/videos/{unwanted}")[0] == 200
+    assert first.process.wait(SECONDS) == 0
     second = start("wan-ti2v-5b", *flags)
     told = wait_for(lambda: second.process.poll() is None and _look_early(second, running), "an answer")
     assert told["status"] == "completed"
     second.wait_ready()
     assert ended(second, waiting)["status"] == "completed"
+    assert ended(second, unwanted)["error"]["code"] == "cancelled"
     log = second.log.read_text()
     assert f'"job taken","job":"{waiting}"' in log and running not in log.split('"job taken"')[1][:80]
 

@@ -11,7 +11,6 @@ MODEL_ID          ?=
 HTTP_PORT         ?= 8080
 GRPC_PORT         ?= 8081
 TESTS             ?= tests
-WORKERS           ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)# tests wait as often as they work
 OFFLINE           ?= 0
 FLASH_ATTN        ?= 1
 BASE_IMAGE        := $(shell sed -n 's/^FROM \(.*\) AS dependencies$$/\1/p' Containerfile)
@@ -45,7 +44,7 @@ dev: setup ## Serve MODEL_ID, or a tiny GLM-Image, in the foreground
 	exec $(PY) -m runtime --model_id "$$folder" --http_port $(HTTP_PORT) --grpc_port $(GRPC_PORT)
 
 test: setup ## Run the tests (TESTS=tests/server for a part)
-	@$(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	@$(PY) -m pytest -q -n auto --dist loadfile $(TESTS)
 
 test-gpu: setup ## Run the tests that need a CUDA device; fails where there is none
 	@$(PY) -m pytest -q -m gpu tests

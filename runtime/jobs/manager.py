@@ -45,6 +45,7 @@ T = TypeVar("T")
 LOOK_SECONDS = 1.0  # between two looks at another server's job that is waited for
 SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 5.0  # after the store failed
+KEEP_SECONDS = 120.0  # in which a result that cannot be kept is tried again
 CANCEL_SECONDS = 20.0  # until a cancelled job is kept as such
 STORE_THREADS = 16  # of their own: a store that hangs must not hold what else waits for a thread
 
@@ -415,7 +416,8 @@ class Jobs:
             await asyncio.wait([active.counted])
 
     async def _keep(self, request: JobRequest, results: list[GenerationResult]) -> tuple[StoredResult, ...]:
-        """Put the media into the result store. Raises NotReady where it fails."""
+        """Put the media into the result store; what took minutes to draw is not lost to a short outage. Raises NotReady
+        where it fails for longer."""
         token = secrets.token_hex(4)  # two servers that run one job must not write over each other's files
 
         def put() -> tuple[StoredResult, ...]:
@@ -441,7 +443,15 @@ class Jobs:
                 raise
             return stored
 
-        return await self._call(put)
+        begun = time.monotonic()
+        while True:
+            try:
+                return await self._in_thread(put)
+            except Unavailable as error:
+                if self._stopping or time.monotonic() - begun > KEEP_SECONDS:
+                    raise _unreachable(error) from error
+                log(logging.WARNING, "a result could not be kept; trying again", job=request.id, error=str(error))
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _end(self, active: Active, outcome: Outcome) -> None:
         """Keep the outcome, as often as it takes while the server lives."""

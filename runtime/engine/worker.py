@@ -77,7 +77,10 @@ class Engine:
 
     def send(self, message: FromEngine) -> None:
         with self._send_lock:
-            self._control.send(message)
+            try:
+                self._control.send(message)
+            except OSError:  # the server is gone, or has unloaded the model
+                end_process_group()
 
     # --- start
 

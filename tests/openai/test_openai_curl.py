@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(server: Server, line: str, folder: Path) -> bytes:
+    for program in ("curl", "jq"):
+        if f"{program} " in line and shutil.which(program) is None:
+            pytest.skip(f"this line needs {program}")
     for port in (30000, 30010, 8000, 8091):
         line = line.replace(f"http://localhost:{port}", server.http)
     return shell(line, folder)

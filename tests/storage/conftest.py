@@ -111,7 +111,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: with FRESH rclone keeps a core busy, asked or not
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with rclone(tmp_path_factory.mktemp("s3"), *FRESH) as store:
         yield store

@@ -175,7 +175,7 @@ def serve(environment: dict[str, str], folder: Path, *flags: str) -> Measured:
     for line in log.read_text().splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if entry.get("message", "").startswith("downloaded"):
+            if entry.get("message", "").startswith(("downloaded ", "read ")):
                 measured.transfer_s = entry["seconds"]
     measured.told = {name: measured.told[name] for name in ("bytes", "load_seconds", "device", "source")}
     return measured

@@ -94,7 +94,7 @@ def load_remote(
                     writer = stack.enter_context(CacheWriter(cache_folder(options), source))
                 if writer is None or writer.leads:
                     folder = stack.enter_context(_skeleton(source))
-                    meter = _meter(source, on_progress)
+                    meter = stack.enter_context(_meter(source, on_progress))
                     return load(folder, Stream(source, folder, options.threads, meter, writer))
         except CannotStreamError as why:
             log(logging.WARNING, f"{source.uri} is loaded by way of the cache", reason=str(why))
@@ -113,8 +113,8 @@ def load_folder(
     if options.load_mode == "stream" or (options.load_mode == "auto" and device == "cuda"):
         source = Folder(folder)
         try:
-            with _skeleton(source) as made:
-                return load(made, Stream(source, made, options.threads, _meter(source, on_progress), None))
+            with _skeleton(source) as made, _meter(source, on_progress) as meter:
+                return load(made, Stream(source, made, options.threads, meter, None))
         except CannotStreamError as why:
             log(logging.WARNING, f"{folder} is loaded from mapped files", reason=str(why))
     return load(folder, None)
@@ -122,7 +122,8 @@ def load_folder(
 
 def _meter(source: Source, on_progress: OnProgress) -> Meter:
     small = sum(file.size for file in source.files() if not _is_weights(file))
-    return Meter(source.uri, sum(file.size for file in source.files()), small, on_progress)
+    total = sum(file.size for file in source.files())
+    return Meter(source.uri, total, small, on_progress, local=isinstance(source, Folder))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -61,21 +62,24 @@ def cached(source: Source, options: StorageOptions, on_progress: OnProgress | No
     `on_progress` as in `registry.resolve`. Raises Changed where an object was replaced meanwhile, StartupError else.
     """
     root, files = cache_folder(options), source.files()
-    meter: Meter | None = None
+    waiting: Meter | None = None
     seen = 0
-    while (folder := complete(root, source.uri, source.revision)) is None:
-        with CacheWriter(root, source) as writer:
-            if writer.leads:
-                _fill(writer, source, options.threads, on_progress)
-                folder = writer.finish()
-                break
-            if meter is None:
-                log(logging.INFO, f"another process downloads {source.uri}; waiting for it")
-                meter = Meter(source.uri, sum(file.size for file in files), 0, on_progress)
-            there = writer.staged_bytes()
-            meter.add(there - seen)
-            seen = there
-        time.sleep(WAIT_SECONDS)
+    with ExitStack() as stack:
+        while (folder := complete(root, source.uri, source.revision)) is None:
+            with CacheWriter(root, source) as writer:
+                if writer.leads:
+                    stack.close()
+                    _fill(writer, source, options.threads, on_progress)
+                    folder = writer.finish()
+                    break
+                if waiting is None:
+                    log(logging.INFO, f"another process downloads {source.uri}; waiting for it")
+                    total = sum(file.size for file in files)
+                    waiting = stack.enter_context(Meter(source.uri, total, 0, on_progress))
+                there = writer.staged_bytes()
+                waiting.add(there - seen)
+                seen = there
+            time.sleep(WAIT_SECONDS)
     _mark(folder)
     threading.Thread(target=_keep_marked, args=(folder,), name="cache-mark", daemon=True).start()
     _clean(root, folder.name)
@@ -85,15 +89,16 @@ def cached(source: Source, options: StorageOptions, on_progress: OnProgress | No
 def _fill(writer: CacheWriter, source: Source, threads: int, on_progress: OnProgress | None) -> None:
     missing = writer.missing()
     total = sum(file.size for file in source.files())
-    meter = Meter(source.uri, total, total - sum(span.length for span in missing), on_progress)
+    done = total - sum(span.length for span in missing)
 
     def sink(span: Span, view: memoryview) -> None:
         writer.write(span, view)
         meter.add(span.length, span.file.component)
 
     buffers = [memoryview(mmap.mmap(-1, CHUNK)) for _ in range(min(threads, len(missing)))]  # page-aligned: O_DIRECT
-    fetch(source, missing, buffers, sink, on_retry=meter.retry)
-    meter.end()
+    with Meter(source.uri, total, done, on_progress) as meter:
+        fetch(source, missing, buffers, sink, on_retry=meter.retry)
+        meter.end()
 
 
 def cache_folder(options: StorageOptions) -> Path:

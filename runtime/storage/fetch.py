@@ -65,44 +65,59 @@ OnProgress = Callable[[Progress], None]
 
 
 class Meter:
-    """Counts bytes from any thread; tells `on_progress` every half second and the log every five."""
+    """Counts bytes from any thread. Between `with` and its end, or `end()`, a thread tells `on_progress` at once and
+    every half second and the log every five, also while nothing comes."""
 
-    def __init__(self, uri: str, total: int, done: int, on_progress: OnProgress | None) -> None:
+    def __init__(self, uri: str, total: int, done: int, on_progress: OnProgress | None, *, local: bool = False) -> None:
+        self._verbs = ("reading", "read") if local else ("downloading", "downloaded")
         self._uri, self._total, self._start, self._on_progress = uri, total, done, on_progress
-        self._done, self._component, self.retries = done, "", 0
-        self._lock = threading.Lock()
-        self._begun = self._told = self._logged = time.monotonic()
+        self._done, self._component, self._retries = done, "", 0
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._begun = time.monotonic()
+        self._thread = threading.Thread(target=self._report, name="download-meter", daemon=True)
+
+    def __enter__(self) -> Meter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def add(self, count: int, component: str = "") -> None:
         """`count` bytes more, of this component."""
         with self._lock:
             self._done, self._component = self._done + count, component
-            now = time.monotonic()
-            tell, write = now - self._told >= REPORT_SECONDS, now - self._logged >= LOG_SECONDS
-            self._told = now if tell else self._told
-            self._logged = now if write else self._logged
-            progress = self._progress(now)
-        if tell and self._on_progress:
-            self._on_progress(progress)
-        if write:
-            self._log("downloading", progress)
 
     def retry(self) -> None:
         with self._lock:
-            self.retries += 1
+            self._retries += 1
 
     def end(self) -> Progress:
         """The last report and the last line of the log."""
-        progress = self._progress(time.monotonic())
-        if self._on_progress:
-            self._on_progress(progress)
-        self._log("downloaded", progress)
+        self.__exit__()
+        progress = self._tell()
+        self._log(self._verbs[1], progress)
         return progress
 
-    def _progress(self, now: float) -> Progress:
-        seconds = now - self._begun
-        rate = (self._done - self._start) / seconds if seconds > 0 else 0.0
-        return Progress(self._done, self._total, seconds, self._component, rate, self.retries)
+    def _report(self) -> None:
+        logged = time.monotonic()
+        while True:
+            progress = self._tell()
+            if time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                self._log(self._verbs[0], progress)
+            if self._ended.wait(REPORT_SECONDS):
+                return
+
+    def _tell(self) -> Progress:
+        with self._lock:
+            seconds = time.monotonic() - self._begun
+            rate = (self._done - self._start) / seconds if seconds > 0 else 0.0
+            progress = Progress(self._done, self._total, seconds, self._component, rate, self._retries)
+        if self._on_progress:
+            self._on_progress(progress)
+        return progress
 
     def _log(self, what: str, progress: Progress) -> None:
         left = progress.seconds_left
@@ -114,7 +129,7 @@ class Meter:
             total_bytes=progress.total_bytes,
             mib_per_s=round(progress.rate / MIB, 1),
             seconds=round(progress.seconds, 1),
-            seconds_left=None if left is None or what == "downloaded" else round(left, 1),
+            seconds_left=None if left is None or what == self._verbs[1] else round(left, 1),
             retries=progress.retries,
         )
 

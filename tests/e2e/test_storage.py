@@ -60,7 +60,7 @@ def test_the_same_picture_as_from_the_folder(begin: Callable[..., Server], serve
 
 
 def test_the_readiness_body_tells_how_far_the_download_is(begin: Callable[..., Server], proxy: Proxy) -> None:
-    proxy.faults = [Fault("slow", "unet/diffusion", rate=200_000)]
+    proxy.faults = [Fault("slow", "unet/diffusion", rate=50_000)]  # some five seconds
     server = begin("sd15")
     wait_live(server)
     told = set()

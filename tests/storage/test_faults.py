@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import queue
 import shutil
 import threading
 from contextlib import closing
@@ -237,19 +238,26 @@ def test_chunks_are_checked_against_the_manifest():
 
 
 def test_progress_is_told_and_logged(caplog, monkeypatch):
-    monkeypatch.setattr(fetch_module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(fetch_module, "REPORT_SECONDS", 0.001)
     monkeypatch.setattr(fetch_module, "LOG_SECONDS", 0.0)
-    heard: list[Progress] = []
-    with caplog.at_level("INFO", logger="diffusion_runtime"):
-        meter = Meter("s3://b/m", 3 * 2**30, 2**30, heard.append)
+    heard: queue.Queue[Progress] = queue.Queue()
+    with (
+        caplog.at_level("INFO", logger="diffusion_runtime"),
+        Meter("s3://b/m", 3 * 2**30, 2**30, heard.put) as meter,
+    ):
+        first = heard.get(timeout=60)  # nothing has come yet
+        assert (first.done_bytes, first.rate, first.seconds_left) == (2**30, 0, None)
         meter.add(2**30, "vae")
+        while (told := heard.get(timeout=60)).done_bytes == 2**30:
+            pass
         meter.retry()
         end = meter.end()
-    assert (heard[0].done_bytes, heard[0].total_bytes, heard[0].component) == (2 * 2**30, 3 * 2**30, "vae")
-    assert heard[0].rate > 0 and heard[0].seconds_left is not None
-    assert str(heard[0]).startswith("vae: 2.00 of 3.00 GiB, ")
-    assert end.retries == 1
+        count = heard.qsize()
+    assert (told.done_bytes, told.total_bytes, told.component) == (2 * 2**30, 3 * 2**30, "vae")
+    assert told.rate > 0 and told.seconds_left is not None
+    assert str(told).startswith("vae: 2.00 of 3.00 GiB, ")
+    assert end.retries == 1 and heard.qsize() == count
     fields = [record.fields for record in caplog.records]
-    assert fields[0]["bytes"] == 2 * 2**30 and "mib_per_s" in fields[0] and "seconds_left" in fields[0]
-    assert fields[-1]["retries"] == 1
+    assert fields[-2]["bytes"] == 2 * 2**30 and "mib_per_s" in fields[-2] and "seconds_left" in fields[-2]
+    assert caplog.messages[-1] == "downloaded s3://b/m" and fields[-1]["retries"] == 1
     assert len(NEEDED) == 12

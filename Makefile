@@ -44,13 +44,13 @@ dev: setup ## Serve MODEL_ID, or a tiny GLM-Image, in the foreground
 	exec $(PY) -m runtime --model_id "$$folder" --http_port $(HTTP_PORT) --grpc_port $(GRPC_PORT)
 
 test: setup ## Run the tests (TESTS=tests/server for a part)
-	@$(PY) -m pytest -q -n auto --dist loadfile $(TESTS)
+	@$(PY) -m pytest -q -n auto --dist loadfile --reruns 1 $(TESTS)
 
 test-gpu: setup ## Run the tests that need a CUDA device; fails where there is none
 	@$(PY) -m pytest -q -m gpu tests
 
 test-browser: setup ## Run the tests of the page in the system's Chromium; fails where there is none
-	@$(PY) -m pytest -q -m browser -n auto tests/browser
+	@$(PY) -m pytest -q -m browser -n auto --reruns 1 tests/browser
 
 test-v1: setup ## Call the endpoint at URL over v1, save the result
 	@$(PY) -m runtime.demo call --url $(URL) --model $(MODEL) --protocol v1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +103,23 @@ class Server:
         return self.process.wait(STOP_SECONDS)
 
 
+held: deque[socket.socket] = deque()
+MOST_HELD = 64
+
+
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
+    """Ports for servers that start soon. They stay bound, though nobody listens there, while the next dozens are asked
+    for: so nobody else is given them meanwhile, and a server that sets SO_REUSEADDR, as all do, may bind them beside
+    us."""
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    held.extend(sockets)
+    while len(held) > MOST_HELD:
+        held.popleft().close()
+    return ports
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
@@ -143,12 +156,13 @@ Serve = Callable[..., Server]
 def serve(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """`serve("sd15")`: a ready server on that tiny model, started once and shared; flags and settings make another."""
     running: dict[Any, Server] = {}
+    numbers = itertools.count()  # one that ended is started again, and what it had said is kept
     logs = tmp_path_factory.mktemp("servers")
 
     def get(family: str, *flags: str, **environment: str) -> Server:
         key = (family, flags, tuple(sorted(environment.items())))
         if key not in running or running[key].process.poll() is not None:
-            log = logs / f"{family}-{len(running)}.log"
+            log = logs / f"{family}-{next(numbers)}.log"
             running[key] = start_server(tiny_models / family, log, *flags, **environment)
         running[key].wait_ready()
         return running[key]
@@ -174,3 +188,43 @@ def start(tiny_models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
+
+
+# Put before everything else that a server's processes import.
+HOLD = """\
+import os, sys, time
+
+if "runtime.engine.worker" in sys.orig_argv:
+    from multiprocessing.connection import Connection
+
+    send = Connection.send
+
+    def held(self, message):
+        send(self, message)
+        stage = getattr(message, "name", None)
+        while stage and os.path.exists(os.path.join(os.path.dirname(__file__), f"{stage}.shut")):
+            time.sleep(0.01)
+
+    Connection.send = held
+"""
+
+
+class Gate:
+    """The engines of servers that are started with `environment` go no further once they have told a stage that is
+    shut: what is asked while they load is asked in time, on however fast a machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "sitecustomize.py").write_text(HOLD)
+        self.environment = {"PYTHONPATH": os.pathsep.join((str(folder), clean_environment()["PYTHONPATH"]))}
+
+    def shut(self, stage: str) -> None:
+        (self._folder / f"{stage}.shut").touch()
+
+    def open(self, stage: str) -> None:
+        (self._folder / f"{stage}.shut").unlink()
+
+
+@pytest.fixture
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    return Gate(tmp_path_factory.mktemp("gate"))

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import MILLISECONDS, Open
 from tests.browser.proxy import below
 from tests.conftest import Serve, Server
+from tests.jobs.holds import start_gate
 
 pytestmark = pytest.mark.browser
 
@@ -44,7 +45,7 @@ def states(server: Server) -> list[str]:
     return [job["state"] for job in server.json("GET", f"/v2/models/{server.name}/requests")[1]["requests"]]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -192,7 +193,7 @@ def test_cancel_stops_the_engine(serve: Serve, visit: Open) -> None:
     page.until("document.getElementById('bar').value > 0")
     assert "running" in states(server)
     page.page.click("#cancel")
-    wait_for(lambda: "running" not in states(server), 3)
+    wait_for(lambda: "running" not in states(server))
     assert states(server)[-1] == "cancelled"
     page.until("document.getElementById('live').textContent == 'Cancelled.'")
     assert page.page.is_hidden("#error") and page.page.locator("#gallery > li").count() == 0
@@ -206,7 +207,8 @@ def test_leaving_stops_the_engine(serve: Serve, visit: Open) -> None:
     page.generate(**LONG)
     wait_for(lambda: "running" in states(server))
     page.page.goto("about:blank")
-    wait_for(lambda: "running" not in states(server), 3)
+    wait_for(lambda: "running" not in states(server))
+    assert states(server)[-1] == "cancelled"
 
 
 def test_a_refusal_is_told_in_the_servers_words(serve: Serve, visit: Open) -> None:
@@ -246,9 +248,10 @@ def test_a_server_that_is_gone(start: Callable[..., Server], visit: Open) -> Non
     page.page.goto("about:blank")
 
 
-def test_it_waits_for_the_model(start: Callable[..., Server], visit: Open) -> None:
+def test_it_waits_for_the_model(start: Callable[..., Server], visit: Open, tmp_path: Path) -> None:
     """A page that is opened while the model loads tells so, and goes on by itself."""
-    server = start("glm-image")
+    loading = start_gate(tmp_path / "gate")
+    server = start("glm-image", **loading.environment)
 
     def live() -> bool:
         try:
@@ -259,7 +262,9 @@ def test_it_waits_for_the_model(start: Callable[..., Server], visit: Open) -> No
     wait_for(live)
     page = visit(server.http, ready=False)
     page.statuses.add(503)
-    page.page.wait_for_selector("#main:not([hidden])")
+    page.until("window.seen.state.length > 0")
+    loading.open()
+    page.page.wait_for_selector("#main:not([hidden])", timeout=2 * MILLISECONDS)
     told = page.seen("state")
     assert len(told) > 1 and re.search("loading|warming|start", told[0]) and told[-1] == "ready"
 
@@ -307,7 +312,7 @@ def test_a_videos_progress_and_cancel(serve: Serve, visit: Open) -> None:
     assert bar == sorted(bar) and bar[-1] < 1
     assert "Drawing" in page.seen("stage")
     page.page.click("#cancel")
-    wait_for(lambda: "running" not in states(server), 5)
+    wait_for(lambda: "running" not in states(server))
     page.until("document.getElementById('live').textContent == 'Cancelled.'")
     (newest,) = server.json("GET", "/v1/videos?limit=1")[1]["data"]
     assert newest["status"] == "failed" and newest["error"]["code"] == "cancelled"
@@ -395,7 +400,7 @@ def test_a_key_that_is_withdrawn(serve: Serve, visit: Open, start: Callable[...,
     page.page.keyboard.press("Enter")
     page.page.wait_for_selector("#main:not([hidden])")
     keys.write_text("another-key")
-    time.sleep(1.5)
+    wait_for(lambda: server.request("GET", "/v2/models/tiny", headers={"X-API-Key": KEY})[0] == 401)
     page.generate("kept words")
     page.page.wait_for_selector("#key:focus")
     page.page.fill("#key", "another-key")
@@ -423,7 +428,8 @@ def test_below_a_prefix(serve: Serve, visit: Open, path: str) -> None:
         page.generate(**LONG)
         page.until("document.getElementById('bar').value > 0")
         page.page.click("#cancel")
-        wait_for(lambda: "running" not in states(server), 10)
+        wait_for(lambda: "running" not in states(server))
+        assert states(server)[-1] == "cancelled"
         page.generate(seed=7, width=64, height=64, num_inference_steps=3, n=1)
         data = page.downloaded(page.result())[1]
         asked = [request.url for request in page.requests if request.url.startswith("http")]

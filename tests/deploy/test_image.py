@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, clean_environment
 from tests.deploy.manifests import image
 
@@ -32,6 +34,7 @@ def run(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.timeout(SECONDS)  # it waits for the package index, and for two gigabytes from it
 def test_the_steps_run_in_a_clean_environment(tmp_path: Path) -> None:
     """Dependencies and code, as the Containerfile installs them; then the code answers from there alone."""
     inputs = [INSTALL, ROOT / "requirements-base.txt"]

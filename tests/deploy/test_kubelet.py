@@ -127,10 +127,12 @@ def whole_life(pod: Pod, hurry: float) -> None:
     assert pod.call("GET", "/metrics")[0] == 200
     grpc = pod.container["ports"][1]["containerPort"]
     pod.inside(lambda: socket.create_connection(("127.0.0.1", grpc), 5).close())
+    engine = pod.engine()
+    engine.suspend()  # so that the request is not over before the signal
     running = pod.later("POST", path, request(pod.name, num_inference_steps=16))
     while not any(r["state"] == "running" for r in json.loads(pod.call("GET", listed)[1])["requests"]):
-        assert not running.done(), "the request was over before the signal"
-    code, seconds = pod.terminate()
+        assert not running.done()
+    code, seconds = pod.terminate(then=engine.resume)
     check(pod.name, running.result())
     assert code == 0, pod.text()
     assert seconds <= int(value_of(pod.container, "grace_period") or 0)

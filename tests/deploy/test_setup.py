@@ -365,7 +365,7 @@ def test_the_trial_store_serves_a_bucket(cluster: Cluster, tmp_path: Path) -> No
             aws_secret_access_key="secret",
             region_name="us-east-1",
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 client.put_object(Bucket="my-storage", Key="models/x/model_index.json", Body=b"{}")
@@ -377,7 +377,7 @@ def test_the_trial_store_serves_a_bucket(cluster: Cluster, tmp_path: Path) -> No
         client.close()
     finally:
         store.terminate()
-        store.wait(10)
+        store.wait(60)
 
 
 def test_shell_scripts_and_the_container_file_are_clean() -> None:

@@ -25,6 +25,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.e2e.test_load import known, wait_for
+
 if TYPE_CHECKING:
     from tests.conftest import Serve, Server
 
@@ -352,9 +354,11 @@ def triton_grpc_administration(address: str, model: str) -> dict[str, Any]:
     return told
 
 
-def triton_grpc_cancel(address: str, model: str, prompt: str, fields: dict[str, Any], request_id: str) -> str:
-    """Cancel a call that runs; gives what its callback heard."""
+def triton_grpc_cancel(address: str, place: str, prompt: str, fields: dict[str, Any], request_id: str) -> str:
+    """Cancel a call that runs, as is told below `place`, the model's address; gives what its callback heard."""
     import threading
+    import urllib.error
+    import urllib.request
 
     import tritonclient.grpc as triton
 
@@ -365,12 +369,22 @@ def triton_grpc_cancel(address: str, model: str, prompt: str, fields: dict[str, 
         heard.append(error)
         over.set()
 
+    def runs() -> bool:
+        try:
+            with urllib.request.urlopen(f"{place}/requests/{request_id}", timeout=60) as answer:
+                return bool(json.load(answer)["state"] == "running")
+        except urllib.error.HTTPError as error:  # it has not come yet
+            error.close()
+            return False
+
+    model = place.rpartition("/")[2]
     inputs = triton_grpc_inputs({"prompt": np.array([prompt.encode()], dtype=np.object_)}, {})
     with triton.InferenceServerClient(address) as client:
         call = client.async_infer(model, inputs, callback, parameters=fields, headers={"x-request-id": request_id})
-        assert not over.wait(0.3)  # it runs
+        while not runs():
+            assert not over.wait(0.02)
         call.cancel()
-        assert over.wait(10)
+        assert over.wait(60)
     return str(heard[0])
 
 
@@ -679,12 +693,14 @@ def test_a_client_that_cancels_frees_the_device(
     serve: Serve, reference: list[bytes], apart: Callable[..., Any]
 ) -> None:
     server = serve("sd15")
-    long = {**FIELDS, "num_inference_steps": 200, "width": 256, "height": 256, "n": 10}
-    heard = apart(triton_grpc_cancel, server.grpc, server.name, PROMPTS[0], long, "cancelled-by-its-client")
+    long = {**FIELDS, "num_inference_steps": 200, "width": 512, "height": 512, "n": 10}
+    place = f"{server.http}/v2/models/{server.name}"
+    heard = apart(triton_grpc_cancel, server.grpc, place, PROMPTS[0], long, "cancelled-by-its-client")
     assert "cancel" in heard.lower()
+    wait_for(lambda: known(server, "cancelled-by-its-client", "cancelled"), "the server hears of it")
     begun = time.monotonic()
     assert v1(server, PROMPTS, FIELDS) == reference
-    assert time.monotonic() - begun < 10  # the cancelled one would have run for minutes
+    assert time.monotonic() - begun < 30  # the cancelled one would have run for minutes
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     cancelled = [line for line in lines if line.get("request_id") == "cancelled-by-its-client"]
     assert [line["outcome"] for line in cancelled if line["message"] == "request"] == ["cancelled"]

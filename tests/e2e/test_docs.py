@@ -24,7 +24,7 @@ def test_example_of_the_api_page(serve: Serve, tmp_path: Path, language: str, vi
     server = serve("wan-ti2v-5b" if video else "sd15")
     code = code.replace("localhost:8080", server.http.removeprefix("http://")).replace("localhost:8081", server.grpc)
     command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()
     if language == "sh":
         answer = json.loads(done.stdout)

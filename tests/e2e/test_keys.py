@@ -157,7 +157,7 @@ def test_method_overrides_open_nothing(serve: Serve) -> None:
 def test_the_refusal_does_not_wait_for_the_body(serve: Serve) -> None:
     server = serve("sd15", **KEYS)
     host, port = server.http.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as client:
+    with socket.create_connection((host, int(port)), timeout=60) as client:
         client.sendall(b"POST /v1/models/tiny:predict HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 401 ")
 
@@ -176,7 +176,7 @@ def test_a_refused_connection_can_be_used_again(serve: Serve) -> None:
 def test_websockets_are_refused(serve: Serve) -> None:
     server = serve("sd15", **KEYS)
     host, port = server.http.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as client:
+    with socket.create_connection((host, int(port)), timeout=60) as client:
         client.sendall(
             b"GET /v2/models HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
             b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
@@ -294,7 +294,7 @@ def test_a_file_of_keys_is_read_again_when_it_changes(start: Start, tmp_path: Pa
         return status, call(server, "ServerMetadata", pb.ServerMetadataRequest(), metadata(key))[0]
 
     def wait(key: str, answer: tuple[int, str]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while answers(key) != answer:
             assert time.monotonic() < deadline, f"{key}: {answers(key)}\n{server.log.read_text()}"
             time.sleep(0.1)

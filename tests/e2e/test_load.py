@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.conftest import Serve, Server
 
 QUICK = {"prompt": "a fox", "num_inference_steps": 2, "seed": 3}
 SLOW = {"prompt": "a fox", "num_inference_steps": 200, "size": "256x256", "seed": 3}
+ENDLESS = {**SLOW, "n": 5}  # half a minute: nobody waits for its end
+AT_ONCE = 200  # of the 1000 steps of ENDLESS: what stops at once draws fewer
 
 
 def post(server: Server, fields: dict[str, Any], **headers: str) -> tuple[int, dict[str, str], Any]:
@@ -60,6 +63,23 @@ def engine_of(server: Server) -> psutil.Process:
     return next(child for child in children if "runtime.engine.worker" in child.cmdline())
 
 
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[psutil.Process]:
+    """The engine does nothing meanwhile: what runs and what waits stays as it is, on however fast a machine."""
+    engine = engine_of(server)
+    engine.suspend()
+    try:
+        yield engine
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine.resume()
+
+
+def known(server: Server, name: str, *states: str) -> bool:
+    """Whether the request `name` is told of, in one of these states or in any."""
+    return any(told["id"] == name and (not states or told["state"] in states) for told in requests(server))
+
+
 @pytest.fixture
 def reference(serve: Serve) -> str:
     return str(serve("sd15").predict(QUICK)[0]["image"]["b64"])
@@ -99,15 +119,15 @@ def test_a_deadline_stops_the_engine(serve: Serve, reference: str, way: str) -> 
     server = serve("sd15")
     expired = metric(server, "diffusion_requests_total", outcome="expired")
     if way == "field":
-        status, headers, answer = post(server, {**SLOW, "timeout": 0.3}, X_Request_ID=f"late-{way}")
+        status, headers, answer = post(server, {**ENDLESS, "timeout": 0.3}, X_Request_ID=f"late-{way}")
     else:
-        status, headers, answer = post(server, SLOW, X_Request_Timeout="0.3", X_Request_ID=f"late-{way}")
+        status, headers, answer = post(server, ENDLESS, X_Request_Timeout="0.3", X_Request_ID=f"late-{way}")
     assert status == 504 and answer["error"].startswith("timeout: 0.3 s passed") and f"late-{way}" in answer["error"]
     assert headers["x-request-id"] == f"late-{way}"
     assert next(r for r in requests(server) if r["id"] == f"late-{way}")["state"] == "expired"
     steps = metric(server, "diffusion_steps_total")
     assert server.predict(QUICK)[0]["image"]["b64"] == reference
-    assert metric(server, "diffusion_steps_total") - steps <= 10  # the late one did not go on
+    assert metric(server, "diffusion_steps_total") - steps < AT_ONCE  # the late one did not go on
     assert metric(server, "diffusion_requests_total", outcome="expired") == expired + 1
 
 
@@ -123,16 +143,20 @@ def test_a_deadline_that_does_not_fit_is_refused(serve: Serve, value: str) -> No
 def test_progress_moves_and_cancel_stops_the_engine(serve: Serve, reference: str) -> None:
     server = serve("sd15")
     with ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(post, server, SLOW, X_Request_ID="slow")
-        waiting = pool.submit(post, server, SLOW, X_Request_ID="waiting")
-        wait_for(lambda: running(server, "slow") or running(server, "waiting"), "one of them runs")
-        first, second = ("slow", "waiting") if running(server, "slow") else ("waiting", "slow")
+        first, second = "slow", "waiting"
+        with paused(server):
+            slow = pool.submit(post, server, ENDLESS, X_Request_ID=first)
+            wait_for(lambda: known(server, first, "running"), "one runs")
+            waiting = pool.submit(post, server, ENDLESS, X_Request_ID=second)
+            wait_for(lambda: known(server, second, "queued"), "the other one waits")
+        wait_for(lambda: running(server, first), "it goes on")
         seen = []
         while len(set(seen)) < 5:
             now = running(server, first)
-            assert now and now["stage"] == "denoise" and 0 <= now["eta_seconds"] < 600
+            # Of 1000 steps: where the first took seconds, so will the others.
+            assert now and now["stage"] == "denoise" and 0 <= now["eta_seconds"] < 6000
             seen.append(now["step"])
-        assert seen == sorted(seen) and seen[-1] <= 201
+        assert seen == sorted(seen) and seen[-1] <= now["total"]
         queued = server.json("GET", f"/v2/models/tiny/requests/{second}")[1]
         assert queued["state"] == "queued" and queued["position"] == 1
         for name in (second, first):
@@ -142,7 +166,7 @@ def test_progress_moves_and_cancel_stops_the_engine(serve: Serve, reference: str
     assert server.json("DELETE", f"/v2/models/tiny/requests/{first}")[0] == 404
     steps = metric(server, "diffusion_steps_total")
     assert server.predict(QUICK)[0]["image"]["b64"] == reference
-    assert metric(server, "diffusion_steps_total") - steps <= 10
+    assert metric(server, "diffusion_steps_total") - steps < AT_ONCE
     assert metric(server, "diffusion_requests_total", outcome="cancelled") >= 2
 
 
@@ -161,11 +185,11 @@ def test_more_than_may_wait_is_refused_with_the_wait(start: Callable[..., Server
     server.predict({**SLOW, "num_inference_steps": 20})  # the cost model knows this size now
     with ThreadPoolExecutor(1) as pool:
         # An empty queue takes what is longer than the limit: it would be refused for ever otherwise.
-        accepted = pool.submit(post, server, SLOW, X_Request_ID="long")
+        accepted = pool.submit(post, server, ENDLESS, X_Request_ID="long")
         wait_for(lambda: running(server, "long"), "the long one runs")
-        status, headers, answer = post(server, SLOW)
+        status, headers, answer = post(server, ENDLESS)
         assert status == 429 and "s of work wait" in answer["error"]
-        assert 1 <= int(headers["retry-after"]) < 300
+        assert 1 <= int(headers["retry-after"]) < 3600
         picture = {**SLOW, "image": "not decoded, as there is no room"}
         assert post(server, picture)[0] == 400  # this model takes none, and that is told first
         assert server.json("DELETE", "/v2/models/tiny/requests/long")[0] == 200
@@ -191,9 +215,9 @@ def test_a_retry_joins_and_a_lost_connection_is_held(serve: Serve) -> None:
     status, _, answer = post(server, {**fields, "seed": 4}, Idempotency_Key="twice")
     assert status == 409 and "twice" in answer["error"]
     # A client that gives up while it runs; the retry gets the picture that went on being drawn.
-    with pytest.raises(OSError):
+    with paused(server), pytest.raises(OSError):
         server.request(
-            "POST", "/v1/models/tiny:predict", {"instances": [fields]}, {"Idempotency-Key": "lost"}, timeout=0.2
+            "POST", "/v1/models/tiny:predict", {"instances": [fields]}, {"Idempotency-Key": "lost"}, timeout=1
         )
     assert post(server, fields, Idempotency_Key="lost")[0] == 200
     assert metric(server, "diffusion_images_total") == images + 2
@@ -244,7 +268,7 @@ def test_out_of_memory_is_507_and_the_next_request_works(start: Callable[..., Se
 
 
 def test_a_hung_engine_is_replaced_and_its_request_runs_again(start: Callable[..., Server], reference: str) -> None:
-    server = start("sd15", "--engine_timeout", "3")
+    server = start("sd15", "--engine_timeout", "6")  # no less: a busy machine may keep a sound engine silent
     server.wait_ready()
     engine = engine_of(server)
     os.kill(engine.pid, signal.SIGSTOP)

@@ -13,31 +13,32 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Serve, Server
+from tests.conftest import READY_SECONDS, Gate, Serve, Server
 
 Start = Callable[..., Server]
 PROMPT = {"prompt": "a fox", "num_inference_steps": 2, "seed": 5}
 
 
-def wait_live(server: Server, seconds: float = 30) -> float:
-    """Seconds from the process's start, as the kernel saw it, to the first 200 of the liveness probe."""
-    deadline = time.monotonic() + seconds
+def wait_live(server: Server) -> None:
+    """Until the first 200 of the liveness probe."""
+    deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if server.request("GET", "/v2/health/live", timeout=5)[0] == 200:
-                return seconds - (deadline - time.monotonic())
+                return
         time.sleep(0.01)
     raise AssertionError(server.log.read_text())
 
 
 def ends_with(server: Server) -> tuple[int, list[str]]:
     """The exit status and the lines that are no JSON log lines."""
-    status = server.process.wait(60)
+    status = server.process.wait(READY_SECONDS)
     return status, [line for line in server.log.read_text().splitlines() if not line.startswith("{")]
 
 
-def test_live_at_once_and_ready_only_when_loaded(start: Start) -> None:
-    server = start("glm-image")
+def test_live_at_once_and_ready_only_when_loaded(start: Start, gate: Gate) -> None:
+    gate.shut("loading")
+    server = start("glm-image", **gate.environment)
     wait_live(server)
     status, body = server.json("GET", "/v2/models/tiny/ready")
     assert status == 503 and body["ready"] is False and body["error"].startswith("loading")
@@ -52,6 +53,7 @@ def test_live_at_once_and_ready_only_when_loaded(start: Start) -> None:
         status, headers, content = server.request("POST", path, call)
         assert status == 503 and "loading" in json.loads(content)["error"]
         assert int(headers["retry-after"]) > 0 and headers["x-request-id"]
+    gate.open("loading")
     server.wait_ready()
     assert server.json("GET", "/v2/health/ready") == (200, {"ready": True})
     status, told = server.json("GET", "/v1/models/tiny")
@@ -59,14 +61,19 @@ def test_live_at_once_and_ready_only_when_loaded(start: Start) -> None:
     assert server.stop() == 0
 
 
-def test_stages_are_told_while_the_model_loads(start: Start) -> None:
-    server = start("glm-image")
+def test_stages_are_told_while_the_model_loads(start: Start, gate: Gate) -> None:
+    stages = ("loading", "warming")
+    for stage in stages:
+        gate.shut(stage)
+    server = start("glm-image", **gate.environment)
     wait_live(server)
-    told = set()
-    while (answer := server.json("GET", "/v2/models/tiny/ready"))[0] == 503:
-        told.add(answer[1]["error"].split(",")[0])
-        assert server.process.poll() is None
-    assert "loading" in told and "warming" in told
+    for stage in stages:
+        deadline = time.monotonic() + READY_SECONDS
+        while not (answer := server.json("GET", "/v2/models/tiny/ready"))[1].get("error", "").startswith(f"{stage}, "):
+            assert answer[0] == 503 and time.monotonic() < deadline, f"{answer}\n{server.log.read_text()}"
+            time.sleep(0.01)
+        gate.open(stage)
+    server.wait_ready()
     assert server.stop() == 0
 
 

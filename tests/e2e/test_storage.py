@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Serve, Server
+from tests.conftest import READY_SECONDS, Serve, Server
 from tests.e2e.test_startup import ends_with, wait_live
 from tests.storage.servers import FRESH, SECRET, Fault, Proxy, Store, proxy_to, rclone
 
@@ -60,16 +60,16 @@ def test_the_same_picture_as_from_the_folder(begin: Callable[..., Server], serve
 
 
 def test_the_readiness_body_tells_how_far_the_download_is(begin: Callable[..., Server], proxy: Proxy) -> None:
-    proxy.faults = [Fault("slow", "unet/diffusion", rate=50_000)]  # some five seconds
+    proxy.faults = [Fault("hold", "unet/diffusion")]
     server = begin("sd15")
     wait_live(server)
-    told = set()
-    while (answer := server.json("GET", "/v2/models/tiny/ready"))[0] == 503:
-        told.add(answer[1]["error"])
-        assert server.process.poll() is None, server.log.read_text()
+    deadline = time.monotonic() + READY_SECONDS
+    while not (told := server.json("GET", "/v2/models/tiny/ready")[1].get("error", "")).startswith("downloading, "):
+        assert server.process.poll() is None and time.monotonic() < deadline, f"{told}\n{server.log.read_text()}"
         time.sleep(0.02)
-    (first, *_) = [line for line in told if line.startswith("downloading, ")]
-    assert "%: " in first and " GiB, " in first and "MiB/s" in first
+    assert "%: " in told and " GiB, " in told and "MiB/s" in told
+    proxy.release.set()
+    server.wait_ready()
     assert server.stop() == 0
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     (done,) = [line for line in lines if line["message"].startswith("downloaded s3://models/sd15")]

@@ -28,7 +28,7 @@ PUBLIC, PRIVATE, METADATA = "8.20.30.40", "10.20.30.40", "169.254.169.254"
 
 def fetch(name):
     try:
-        found = asyncio.run(fetch_picture(f"https://{name}/cat.png", "image_url", ("*.example.com",), 10**6, 5.0,
+        found = asyncio.run(fetch_picture(f"https://{name}/cat.png", "image_url", ("*.example.com",), 10**6, 60.0,
                                           trust=authority.context))
         return found.decode()
     except InvalidRequest as error:
@@ -63,7 +63,7 @@ def can_unshare() -> bool:
 
 @pytest.mark.skipif(not can_unshare(), reason="needs unshare and ip, for a network of its own")
 def test_the_defaults_against_the_systems_resolver(tmp_path: Path) -> None:
-    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:1\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
     (tmp_path / "inside.py").write_text(INSIDE)
     addresses = ("8.20.30.40", "10.20.30.40", "169.254.169.254")

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Servers are fixtures that outlive an example, and a first example pays for imports.
-settings.register_profile("quick", max_examples=30, derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "quick",
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],  # of drawing: a busy machine is
+)
 settings.register_profile(
     "long",
     max_examples=20_000,

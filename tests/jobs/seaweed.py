@@ -69,6 +69,7 @@ class Store:
                     return name
                 except (boto_errors.BotoCoreError, boto_errors.ClientError):
                     assert time.monotonic() < deadline, "SeaweedFS takes no objects"
+                    assert self.process is None or self.process.poll() is None, "SeaweedFS ended"
                     time.sleep(0.2)
 
 
@@ -84,12 +85,14 @@ def seaweed(folder: Path) -> Iterator[Store]:
             ports = free_ports(8)
             process = _start(program, folder, ports)
             clean.callback(_end, process, ports)
+            store = Store(f"http://127.0.0.1:{ports[6]}", folder, process)
             if _answers(process, ports[6]):
-                break
+                with contextlib.suppress(AssertionError):
+                    store.make_bucket("ready")
+                    break
+            _end(process, ports)  # before another one uses the folder
         else:
             raise AssertionError(f"SeaweedFS did not start:\n{(folder / 'log').read_text()[-2000:]}")
-        store = Store(f"http://127.0.0.1:{ports[6]}", folder, process)
-        store.make_bucket("ready")
         yield store
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from runtime.jobs import s3_records
 from runtime.jobs.ids import new_id
 from runtime.jobs.record import JobError, JobProgress, JobRequest, Outcome, StoredMedia, StoredResult
 from runtime.jobs.store import Duplicate, Lifetimes
@@ -184,7 +185,8 @@ def test_one_job_for_each_key(place):
     assert jobs.find("k1") == (second.id, "f3")
 
 
-def test_a_key_that_many_want_at_once(place):
+def test_a_key_that_many_want_at_once(place, monkeypatch):
+    monkeypatch.setattr(s3_records, "KEEPING_SECONDS", WAIT_SECONDS)  # on a slow machine who has it is not given up
     stores = [place.open()[0] for _ in range(1 if place.kind == "sqlite" else 3)]
     for round_ in range(4):
         barrier = threading.Barrier(6)
@@ -301,10 +303,12 @@ def gone_from(results: Any, key: str) -> bool:
 
 
 def test_results_expire_before_records(place):
-    jobs, results = place.open(Lifetimes(url=1, result=4, record=3600, max_bytes=2**30))
+    jobs, results = place.open()
     old = finished(jobs, results)
     jobs.sweep()
     assert jobs.get(old).available and not gone_from(results, f"{old}/0-0.png")
+    place.close(jobs)
+    jobs, results = place.open(Lifetimes(url=1, result=1, record=3600, max_bytes=2**30))
     until(lambda: not jobs.get(old).available)
 
     def swept() -> bool:
@@ -322,24 +326,31 @@ def test_results_expire_before_records(place):
 
 def test_gone_and_then_unknown(place):
     jobs, results = place.open(Lifetimes(url=2, result=4, record=4, max_bytes=2**30))
-    old = finished(jobs, results, key="k", fingerprint="f")
     waiting = request()
     jobs.create(waiting)
+    began = 0.0
 
     def swept(condition: Callable[[], bool]) -> Callable[[], bool]:
         def ask() -> bool:
+            nonlocal began
+            began = time.monotonic()
             jobs.sweep()
             return condition()
 
         return ask
 
-    assert jobs.get(old) is not None and not jobs.gone(old)
-    until(swept(lambda: jobs.get(old) is None))
-    assert jobs.gone(old) and gone_from(results, f"{old}/0-0.png")
-    assert jobs.find("k") is None
+    for key in "abcde":  # once more where the machine stood still: gone is told for seconds only
+        old = finished(jobs, results, key=key, fingerprint="f")
+        assert jobs.get(old) is not None and not jobs.gone(old)
+        until(swept(lambda old=old: jobs.get(old) is None))
+        gone = jobs.gone(old)
+        if time.monotonic() - began < 2:
+            break
+    assert gone and gone_from(results, f"{old}/0-0.png")
+    assert jobs.find(key) is None
     assert [job.id for job in jobs.page(("images",), None, 5, True)[0]] == [waiting.id]
-    jobs.create(again := request(key="k"))
-    assert jobs.find("k") == (again.id, "")
+    jobs.create(again := request(key=key))
+    assert jobs.find(key) == (again.id, "")
     until(swept(lambda: not jobs.gone(old)))
     assert jobs.get(waiting.id).status == "queued" and jobs.get(again.id) is not None
 

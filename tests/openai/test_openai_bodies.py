@@ -96,9 +96,9 @@ def test_broken_forms(body: bytes, content_type: str, serve: Serve) -> None:
 def test_large_forms_are_read_fast() -> None:
     near = b"\r\n--xyzz" * 5_000_000  # nearly the boundary, everywhere
     body, headers = form([("image", near)])
-    began = time.monotonic()
+    began = time.thread_time()  # not of those that the machine is shared with
     assert parse_form(body, headers["Content-Type"]) == {"image": near}
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_the_fingerprint_is_the_fields() -> None:

@@ -220,8 +220,7 @@ def test_vllm_edit(glm: Server, folder: Path, images: int) -> None:
   -F "output_format=png\""""
     )
     run(glm, line, folder)
-    until(lambda: (folder / "gift-basket.png").stat().st_size > 0, 20)  # written by a process of its own
-    until(lambda: _is_whole(folder / "gift-basket.png"), 20)
+    until(lambda: _is_whole(folder / "gift-basket.png"))  # written by a process of its own
 
 
 def _is_whole(file: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,7 +15,8 @@ from openai.types.image_edit_completed_event import ImageEditCompletedEvent
 from openai.types.image_gen_completed_event import ImageGenCompletedEvent
 
 from tests.conftest import Serve, Server
-from tests.openai.clients import SLOW, lines, picture, sdk, size_of, state_of, until
+from tests.jobs.holds import frozen, start_gate
+from tests.openai.clients import ENDLESS, lines, picture, sdk, size_of, state_of, until
 
 KEY = "sk-proj-1234567890"
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "seed": 7}
@@ -135,11 +137,11 @@ def test_stream(serve: Serve) -> None:
     server = serve("sd15")
     with sdk(server) as client:
         with client.images.generate(
-            prompt="a red fox", size="256x256", stream=True, n=2, extra_body={"num_inference_steps": 10, "seed": 7}
+            prompt="a red fox", size="256x256", stream=True, n=2, extra_body={"num_inference_steps": 30, "seed": 7}
         ) as stream:
             *before, first, second = stream
         whole = client.images.generate(
-            prompt="a red fox", size="256x256", n=2, extra_body={"num_inference_steps": 10, "seed": 7}
+            prompt="a red fox", size="256x256", n=2, extra_body={"num_inference_steps": 30, "seed": 7}
         )
     assert before and {event.type for event in before} == {"image_generation.progress"}
     told = [event.to_dict() for event in before]
@@ -168,12 +170,12 @@ def test_stream_of_an_edit(serve: Serve) -> None:
 
 def test_an_error_in_a_stream(serve: Serve) -> None:
     with sdk(serve("sd15")) as client:
-        stream = client.images.generate(prompt="x", stream=True, extra_body={**SLOW, "timeout": 0.4})
+        stream = client.images.generate(prompt="x", stream=True, extra_body={**ENDLESS, "timeout": 2})
         with stream, pytest.raises(openai.APIError) as caught:
             list(stream)
     assert not isinstance(caught.value, openai.APIStatusError)  # it came after the status
     assert (caught.value.type, caught.value.code) == ("server_error", "deadline_exceeded")
-    assert caught.value.message.startswith("timeout: 0.4 s passed")
+    assert caught.value.message.startswith("timeout: 2 s passed")
 
 
 def test_what_is_refused_has_its_status_in_a_stream_too(serve: Serve) -> None:
@@ -186,19 +188,19 @@ def test_leaving_a_stream_stops_the_device(serve: Serve) -> None:
     server = serve("sd15")
     with sdk(server) as client:
         stream = client.images.generate(
-            prompt="x", stream=True, extra_body=SLOW, extra_headers={"x-request-id": "leaves-a-stream"}
+            prompt="x", stream=True, extra_body=ENDLESS, extra_headers={"x-request-id": "leaves-a-stream"}
         )
         assert next(iter(stream)).type == "image_generation.progress"
-        until(lambda: state_of(server, "leaves-a-stream") == "running", 20)
+        until(lambda: state_of(server, "leaves-a-stream") == "running")
         stream.close()
-    until(lambda: state_of(server, "leaves-a-stream") == "cancelled", 20)
+    until(lambda: state_of(server, "leaves-a-stream") == "cancelled")
 
 
 def test_leaving_a_plain_request_stops_the_device(serve: Serve) -> None:
     server = serve("sd15")
-    with sdk(server, timeout=0.5, max_retries=0) as client, pytest.raises(openai.APITimeoutError):
-        client.images.generate(prompt="x", extra_body=SLOW, extra_headers={"x-request-id": "leaves"})
-    until(lambda: state_of(server, "leaves") == "cancelled", 20)
+    with sdk(server, timeout=2, max_retries=0) as client, pytest.raises(openai.APITimeoutError):
+        client.images.generate(prompt="x", extra_body=ENDLESS, extra_headers={"x-request-id": "leaves"})
+    until(lambda: state_of(server, "leaves") == "cancelled")
 
 
 # --- models
@@ -229,11 +231,13 @@ def test_one_list_for_two_worlds(serve: Serve) -> None:
     assert (status, told["name"], told["ready"], told["id"], told["object"]) == (200, "tiny", True, "tiny", "model")
 
 
-def test_health(start: Callable[..., Server], serve: Serve) -> None:
+def test_health(start: Callable[..., Server], serve: Serve, tmp_path: Path) -> None:
     assert serve("sd15").json("GET", "/health") == (200, {"status": "ok"})
-    server = start("glm-image", API_KEY=KEY)
-    told = until(lambda: _health(server), 30)
+    loading = start_gate(tmp_path / "gate")
+    server = start("glm-image", API_KEY=KEY, **loading.environment)
+    told = until(lambda: _health(server))
     assert told[0] == 503 and told[1]["error"]
+    loading.open()
     server.wait_ready()
     assert server.json("GET", "/health") == (200, {"status": "ok"})  # without a key
 
@@ -309,23 +313,23 @@ def test_authentication(serve: Serve) -> None:
 def test_rate_limits(serve: Serve) -> None:
     server = serve("sd15", MAX_QUEUE_SIZE="1", MAX_QUEUE_SECONDS="100000")
     met: list[Any] = []
-    barrier = threading.Barrier(5)
 
     def ask(client: openai.OpenAI) -> None:
-        barrier.wait()
         try:
-            met.append(client.images.generate(prompt="x", extra_body=SLOW))
+            met.append(client.images.generate(prompt="x", extra_body=SMALL))
         except openai.APIError as error:
             met.append(error)
 
     with sdk(server, max_retries=0) as client:
         threads = [threading.Thread(target=ask, args=(client,)) for _ in range(5)]
-        for thread in threads:
-            thread.start()
+        with frozen(server):  # one runs and one waits until all others have been refused
+            for thread in threads:
+                thread.start()
+            until(lambda: len(met) >= 3)
         for thread in threads:
             thread.join()
     limited = [error for error in met if isinstance(error, openai.RateLimitError)]
-    assert len(limited) >= 2 and len([made for made in met if isinstance(made, ImagesResponse)]) == 5 - len(limited)
+    assert len(limited) >= 3 and len([made for made in met if isinstance(made, ImagesResponse)]) == 5 - len(limited)
     for error in limited:
         assert (error.type, error.code) == ("rate_limit_error", "rate_limit_exceeded")
         assert int(error.response.headers["retry-after"]) >= 1
@@ -353,6 +357,6 @@ def test_final_errors_are_not_asked_again(serve: Serve) -> None:
     server = serve("sd15")
     before = len(lines(server))
     with sdk(server) as client, pytest.raises(openai.InternalServerError) as caught:
-        client.images.generate(prompt="x", extra_body={**SLOW, "timeout": 0.3})
+        client.images.generate(prompt="x", extra_body={**ENDLESS, "timeout": 0.3})
     assert caught.value.status_code == 504 and caught.value.code == "deadline_exceeded"
     assert len(lines(server)) == before + 1

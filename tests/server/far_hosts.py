@@ -106,7 +106,7 @@ def tls_host(context: ssl.SSLContext, behave: Behave, address: str = "127.0.0.1"
     over, threads = threading.Event(), []
 
     def serve(raw: socket.socket) -> None:
-        raw.settimeout(20)
+        raw.settimeout(60)
         with contextlib.suppress(OSError), context.wrap_socket(raw, server_side=True) as sock:
             got = b""
             while b"\r\n\r\n" not in got:
@@ -197,7 +197,7 @@ def ask(server: tuple[str, int], name: str) -> list[str]:
     """The IPv4 addresses that a DNS server tells, without any cache in between."""
     question = b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0\0\1\0\1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.sendto(struct.pack(">HHHHHH", 7, 0x0100, 1, 0, 0, 0) + question, server)
         packet, _ = sock.recvfrom(4096)
     at, found = 12 + len(question), []

@@ -177,10 +177,10 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_check_costs_microseconds() -> None:
     store = Keys.from_settings(f"{ONE},{TWO},{THREE}", None)
-    began = time.perf_counter()
+    began = time.thread_time()  # not of those that the machine is shared with
     for _ in range(1000):
         store.credential({"x-api-key": ONE})
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 0.5
 
 
 # --- secrets stay secret
@@ -248,7 +248,10 @@ def replace(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("change", [rewrite, replace])
-def test_a_changed_file_is_read_again(tmp_path: Path, change: Callable[[Path, str], None]) -> None:
+def test_a_changed_file_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, str], None]
+) -> None:
+    monkeypatch.setattr(access.time, "monotonic", lambda: 1000.0)
     file = tmp_path / "keys"
     file.write_text(ONE)
     store = Keys.from_settings(THREE, str(file))

@@ -32,7 +32,7 @@ from runtime.protocol.grpc import Errors
 from runtime.protocol.openai_errors import error_body, raised
 
 MAX_BODY = 1000
-SECONDS = 20
+SECONDS = 60
 CLASSES = {error.__name__: error for error in (*all_errors(), EngineDied)}
 
 # What each class is, as the table at the head of errors.py says.
@@ -100,10 +100,10 @@ def test_shown(value: Any, text: str) -> None:
 
 @pytest.mark.parametrize("value", ["x" * 10**7, b"x" * 10**7, ["x"] * 10**5, "\n" * 10**6, {"a": "b" * 10**6}])
 def test_shown_is_short(value: Any) -> None:
-    began = time.monotonic()
+    began = time.thread_time()  # not of those that the machine is shared with
     text = shown(value)
     assert len(text) == 80 and text.endswith("…") and "\n" not in text
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
 
 
 # --- over HTTP
@@ -161,7 +161,7 @@ def small_app(events: dict[str, threading.Event]) -> FastAPI:
         await request.body()
         events["begun"].set()
         try:
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(2 * SECONDS)
         except asyncio.CancelledError:
             events["cancelled"].set()
             raise
@@ -371,10 +371,12 @@ def test_a_declared_length_is_refused_before_the_body_is_sent(served: Served) ->
 
 def test_a_client_that_leaves_cancels_its_route(served: Served) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS) as client:
+        for name in ("begun", "cancelled"):  # as they were left when this runs once more
+            served.events[name].clear()
         client.sendall(b"POST /slow HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
         assert served.events["begun"].wait(SECONDS)
         assert not served.events["cancelled"].is_set()
-    assert served.events["cancelled"].wait(SECONDS / 2)
+    assert served.events["cancelled"].wait(SECONDS)
     assert served.request("GET", "/ok")[0] == 200
 
 

@@ -265,9 +265,9 @@ def test_a_small_file_of_many_pixels_costs_nothing() -> None:
     packed = b"".join(packer.compress(bytes(2501 * 100)) for _ in range(200)) + packer.flush()
     bomb = png_file(20_000, 20_000, png_chunk(b"IDAT", packed))
     assert len(bomb) < 60_000
-    began = time.monotonic()
+    began = time.thread_time()  # not of those that the machine is shared with
     assert "20000 x 20000 is 400000000 pixels" in refused(bomb, max_pixels=40_000_000)
-    assert time.monotonic() - began < 0.1
+    assert time.thread_time() - began < 0.1
 
 
 def test_limits_above_pillows_own() -> None:
@@ -310,9 +310,9 @@ def with_many_scans() -> bytes:
     ids=["text", "scans", "exif", "comments", "junk", "extensions", "blocks", "chunks", "profile"],
 )
 def test_files_made_to_waste_time(data: bytes) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     refused(data, max_bytes=2**26)
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pytest hides the filter that media.py sets for Pillow

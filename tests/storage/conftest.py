@@ -20,7 +20,7 @@ from tests.conftest import ROOT, clean_environment
 from tests.storage.servers import FRESH, SECRET, Hub, Proxy, Store, hub_server, proxy_to, rclone
 
 MIB = 2**20
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
 
 
 def write_model(folder: Path, shards: int = 2, shard_bytes: int = 17 * MIB, seed: int = 1) -> Path:

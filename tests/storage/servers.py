@@ -25,7 +25,7 @@ from typing import Any
 from tests.conftest import free_ports
 
 KEY, SECRET = "TESTKEY", "TESTSECRETKEY0123"
-START_SECONDS = 30
+START_SECONDS = 60
 FRESH = ("--dir-cache-time", "0s")
 
 
@@ -74,14 +74,14 @@ class Fault:
     """What goes wrong with the next `times` GETs of a path that contains `path`.
 
     reset: the connection is reset after `after` bytes of the body. truncate: it is closed there in good order.
-    corrupt: one byte there is another. slow: `rate` bytes a second. answer: `status` and `body` in place of it all.
+    corrupt: one byte there is another. hold: it stops there, and `holding` is set, until `release` is.
+    answer: `status` and `body` in place of it all.
     """
 
     kind: str
     path: str = ""
     times: int = 1
     after: int = 1000
-    rate: int = 0
     status: int = 503
     body: bytes = b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"
 
@@ -105,6 +105,8 @@ class Proxy:
     bytes: Counter[str] = field(default_factory=Counter)
     replace: tuple[bytes, bytes] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    holding: threading.Event = field(default_factory=threading.Event)
+    release: threading.Event = field(default_factory=threading.Event)
 
     def reset(self) -> None:
         self.requests.clear()
@@ -174,8 +176,9 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
                 sent += len(part)
                 with proxy.lock:
                     proxy.bytes[path] += len(part)
-                if fault and fault.kind == "slow":
-                    time.sleep(len(part) / fault.rate)
+                if fault and fault.kind == "hold" and sent >= fault.after:
+                    proxy.holding.set()
+                    proxy.release.wait()
                 if fault and fault.kind in ("reset", "truncate") and sent >= fault.after:
                     if fault.kind == "reset":
                         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -199,7 +202,10 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
             pass
 
     with _serving(Handler) as proxy.url:
-        yield proxy
+        try:
+            yield proxy
+        finally:
+            proxy.release.set()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,19 @@ def test_a_disk_that_fills_up_ends_with_a_line(large, fill, tmp_path, proxy):
     """Somebody else takes the room while it downloads."""
     room = tmp_path / "room"
     room.mkdir()
-    proxy.faults = [Fault("slow", "-of-00004", times=9, rate=8 * MIB)]
-    eater = f"(while [ ! -e {room}/staging ]; do sleep 0.05; done; head -c 50000000 /dev/zero > {room}/eaten) &"
+    proxy.faults = [Fault("hold", "-of-00004", times=9)]
+    eaten = tmp_path / "eaten"
+    # Once something is written, the free space was looked at.
+    eater = (
+        f"(for i in $(seq 2000); do ls -d {room}/staging/*/transformer && break; sleep 0.05; done;"
+        f" head -c 50000000 /dev/zero > {room}/eaten; : > {eaten}) > {tmp_path}/eater 2>&1 &"
+    )
     process = fill(large, *on_tmpfs(room, 60, eater), CACHE_DIR=str(room), AWS_S3_ENDPOINT=proxy.url)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not eaten.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    proxy.release.set()
     assert "the disk is full" in told(process)
 
 
@@ -119,7 +130,7 @@ def test_a_gigabyte_in_bounded_memory(fill, tmp_path):
         os.link(first, other)
     with rclone(tmp_path / "s3") as store, proxy_to(store.endpoint) as proxy:
         process = fill("s3://b/m", AWS_S3_ENDPOINT=proxy.url)
-        out, err = process.communicate(timeout=WAIT_SECONDS)
+        out, err = process.communicate(timeout=2 * WAIT_SECONDS)
         assert process.returncode == 0, err
         copy, peak = Path(out.splitlines()[0]), int(out.splitlines()[1])
         sizes = [path.stat().st_size for path in copy.rglob("*.safetensors")]

@@ -94,11 +94,12 @@ def load_remote(
                     writer = stack.enter_context(CacheWriter(cache_folder(options), source))
                 if writer is None or writer.leads:
                     folder = stack.enter_context(_skeleton(source))
-                    meter = stack.enter_context(_meter(source, on_progress))
-                    return load(folder, Stream(source, folder, options.threads, meter, writer))
+                    return load(folder, Stream(source, folder, options.threads, on_progress, writer))
         except CannotStreamError as why:
             log(logging.WARNING, f"{source.uri} is loaded by way of the cache", reason=str(why))
-    return load(cached(source, options, on_progress), None)
+    folder = cached(source, options, on_progress)
+    with _named(folder, source.uri):
+        return load(folder, None)
 
 
 def load_folder(
@@ -113,17 +114,11 @@ def load_folder(
     if options.load_mode == "stream" or (options.load_mode == "auto" and device == "cuda"):
         source = Folder(folder)
         try:
-            with _skeleton(source) as made, _meter(source, on_progress) as meter:
-                return load(made, Stream(source, made, options.threads, meter, None))
+            with _skeleton(source) as made:
+                return load(made, Stream(source, made, options.threads, on_progress, None))
         except CannotStreamError as why:
             log(logging.WARNING, f"{folder} is loaded from mapped files", reason=str(why))
     return load(folder, None)
-
-
-def _meter(source: Source, on_progress: OnProgress) -> Meter:
-    small = sum(file.size for file in source.files() if not _is_weights(file))
-    total = sum(file.size for file in source.files())
-    return Meter(source.uri, total, small, on_progress, local=isinstance(source, Folder))
 
 
 @contextmanager
@@ -135,16 +130,23 @@ def _skeleton(source: Source) -> Iterator[Path]:
             write_skeleton(source, Path(name))
         except OSError as error:  # no room for a megabyte: files that are there already may still do
             raise CannotStreamError(f"the temporary directory: {error.strerror or error}") from error
-        try:
+        with _named(Path(name), source.uri):
             yield Path(name)
-        except StartupError as error:  # it must name what the operator knows
-            raise type(error)(str(error).replace(name, source.uri)) from error
-        except CannotStreamError:
-            raise
-        except Exception as error:
-            log(logging.ERROR, "the model could not be loaded", exc_info=error)
-            reason = (str(error).strip().splitlines() or [""])[0].replace(name, source.uri)
-            raise StartupError(f"{source.uri}: cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def _named(folder: Path, uri: str) -> Iterator[None]:
+    """Errors name the model as the operator does, not a folder of ours."""
+    try:
+        yield
+    except StartupError as error:
+        raise type(error)(str(error).replace(str(folder), uri)) from error
+    except CannotStreamError:
+        raise
+    except Exception as error:
+        log(logging.ERROR, "the model could not be loaded", exc_info=error)
+        reason = (str(error).strip().splitlines() or [""])[0].replace(str(folder), uri)
+        raise StartupError(f"{uri}: cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def _claim(folder: Path, stack: ExitStack) -> None:
@@ -245,8 +247,10 @@ class Stream:
     """The components of one remote model, as they come. `folder` is its skeleton. `writer`, where there is one, fills
     the cache with the same bytes."""
 
-    def __init__(self, source: Source, folder: Path, threads: int, meter: Meter, writer: CacheWriter | None) -> None:
-        self._source, self._folder, self._meter, self._writer = source, folder, meter, writer
+    def __init__(
+        self, source: Source, folder: Path, threads: int, on_progress: OnProgress, writer: CacheWriter | None
+    ) -> None:
+        self._source, self._folder, self._on_progress, self._writer = source, folder, on_progress, writer
         self._files = {file.path: file for file in source.files()}
         self._threads = threads
         self._buffers: list[torch.Tensor] = []
@@ -281,20 +285,25 @@ class Stream:
         pinned = device.type == "cuda"
         self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(self._threads)]
         made = {}
-        for name, (cls, _) in plans.items():
-            state = self._fill(tensors.pop(name), device)
-            made[name] = _assemble(cls, empty.pop(name), state, self._folder / name, dtype_of(name), device, name)
-        if self._writer is not None:  # what is no weight
-            rest = [span for span in self._writer.missing() if not _is_weights(span.file)]
-            buffers = _views(self._buffers)
-            fetch(self._source, rest, buffers, self._writer.write, on_retry=self._meter.retry)
-            self._writer.finish()
-        self._buffers = []
-        self._meter.end()
+        with self._meter() as meter:  # its clock starts here: the device's own start is not the store's time
+            for name, (cls, _) in plans.items():
+                state = self._fill(tensors.pop(name), device, meter)
+                made[name] = _assemble(cls, empty.pop(name), state, self._folder / name, dtype_of(name), device, name)
+            if self._writer is not None:  # what is no weight
+                rest = [span for span in self._writer.missing() if not _is_weights(span.file)]
+                fetch(self._source, rest, _views(self._buffers), self._writer.write, on_retry=meter.retry)
+                self._writer.finish()
+            self._buffers = []
+            meter.end()
         for _, files in plans.values():
             for file in files:
                 file.unlink()  # nobody shall take the holes for weights
         return made
+
+    def _meter(self) -> Meter:
+        total = sum(file.size for file in self._files.values())
+        small = sum(file.size for file in self._files.values() if not _is_weights(file))
+        return Meter(self._source.uri, total, small, self._on_progress, local=self.local)
 
     def _tensors(self, cls: Any, file: Path, device: torch.device, dtype: torch.dtype) -> list[_Tensor]:
         """The file's tensors, from its header. Floats are to be cast to `dtype`, where the class leaves them to us."""
@@ -313,7 +322,9 @@ class Stream:
             found.append(_Tensor(name, begin, end, stored, tuple(entry["shape"]), wanted, device, end - begin))
         return sorted(found, key=lambda tensor: (tensor.begin, tensor.end))
 
-    def _fill(self, tensors: Mapping[Path, list[_Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    def _fill(
+        self, tensors: Mapping[Path, list[_Tensor]], device: torch.device, meter: Meter
+    ) -> dict[str, torch.Tensor]:
         """Read a component's files into its tensors."""
         by_path = {file.relative_to(self._folder).as_posix(): listed for file, listed in tensors.items()}
         lock, buffers = threading.Lock(), _views(self._buffers)
@@ -330,11 +341,11 @@ class Stream:
                 writer.write(span, view)
             if device.type == "cuda":
                 event.synchronize()  # the buffer is read again only then
-            self._meter.add(span.length, span.file.component)
+            meter.add(span.length, span.file.component)
 
         spans = [span for path in by_path for span in spans_of(self._files[path])]
         source: Source = self._source if writer is None else _Resumed(self._source, writer)
-        fetch(source, spans, buffers, sink, on_retry=self._meter.retry)
+        fetch(source, spans, buffers, sink, on_retry=meter.retry)
         filled = {}
         for listed in tensors.values():
             for tensor in listed:

@@ -455,20 +455,21 @@ class Jobs:
 
     async def _end(self, active: Active, outcome: Outcome) -> None:
         """Keep the outcome, as often as it takes while the server lives."""
-        job_id = active.request.id
+        job_id, status = active.request.id, "failed" if outcome.error else "completed"
         while True:
             try:
-                first = await self._in_thread(self._store.finish, job_id, outcome)
-                if not first and outcome.results:
-                    await self._in_thread(self._outputs.delete, [media.key for media in outcome.media])
+                if not await self._in_thread(self._store.finish, job_id, outcome):
+                    status = "was ended by another server first"
+                    if outcome.results:
+                        await self._in_thread(self._outputs.delete, [media.key for media in outcome.media])
                 break
             except Unavailable as error:
                 log(logging.WARNING, "an outcome could not be kept; trying again", job=job_id, error=str(error))
                 if self._stopping:
+                    status = "is left to the next server"
                     break
                 await asyncio.sleep(RETRY_SECONDS)
         self._active.pop(job_id, None)
-        status = "failed" if outcome.error else "completed"
         log(logging.INFO, f"job {status}", job=job_id, error=outcome.error.message if outcome.error else None)
 
     async def _joined(self, job_id: str, fingerprint: str, draft: JobRequest, key: str) -> Job:

@@ -328,8 +328,7 @@ class CacheWriter:
         with self._lock:
             if remote.path not in self._files:
                 path = self._staging / remote.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                descriptor = _created(path)
                 file = _File(remote, descriptor, None)
                 self._files[remote.path] = file
                 if os.fstat(descriptor).st_size != remote.size:
@@ -512,6 +511,17 @@ def _clean(root: Path, name: str) -> None:
             continue
         log(logging.INFO, f"removing {path}: left by a download that has ended")
         _remove(path)
+
+
+def _created(path: Path) -> int:
+    """A descriptor of the file, made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:  # a faster writer has just moved the folder to its place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o644)
 
 
 def _remove(path: Path) -> None:

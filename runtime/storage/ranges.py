@@ -50,8 +50,9 @@ class Ranges:
         if not into:
             return
         parts = urlsplit(url)
-        connection, target = self._connection(parts)
-        asked = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{start + len(into) - 1}", **(headers or {})}
+        connection, target, through = self._connection(parts)
+        wanted = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{start + len(into) - 1}"}
+        asked = {**wanted, **(headers or {}), **through}
         complete = False
         try:
             connection.request("GET", target, headers=asked)
@@ -82,18 +83,19 @@ class Ranges:
         self._all.clear()
         self._own = threading.local()
 
-    def _connection(self, parts: SplitResult) -> tuple[http.client.HTTPConnection, str]:
-        """This thread's connection to the URL's host, and what to ask it for."""
+    def _connection(self, parts: SplitResult) -> tuple[http.client.HTTPConnection, str, Mapping[str, str]]:
+        """This thread's connection to the URL's host, what to ask it for, and headers for a proxy between."""
+        headers: Mapping[str, str] = {}
         target = parts.path + (f"?{parts.query}" if parts.query else "")
         proxy = _proxy(parts)
         if proxy is not None and parts.scheme == "http":
-            target = f"http://{parts.netloc}{target}"
+            target, headers = f"http://{parts.netloc}{target}", _proxy_headers(proxy)
         kept: dict[tuple[str, str], http.client.HTTPConnection] = self._own.__dict__.setdefault("kept", {})
         key = (parts.scheme, parts.netloc)
         if key not in kept:
             kept[key] = self._connect(parts, proxy)
             self._all.append(kept[key])
-        return kept[key], target
+        return kept[key], target, headers
 
     def _connect(self, parts: SplitResult, proxy: SplitResult | None) -> http.client.HTTPConnection:
         host, port = parts.hostname or "", parts.port

@@ -32,13 +32,15 @@ from runtime.storage.source import MAX_FILES, Changed, RemoteFile, Transient, di
 CONNECT_SECONDS, READ_SECONDS = 10, 30
 HEAD_THREADS = 8
 URL_SECONDS = 3600  # each read signs its own
+READER = "s3:ListBucket and s3:GetObject"
+WRITER = f"{READER.replace(' and', ',')}, s3:PutObject and s3:DeleteObject"
 TRUE = frozenset({"1", "true", "yes", "on"})
 
 # S3's error codes -> what to do
 ADVICE = {
     "NoSuchBucket": "there is no such bucket; check its name and the endpoint",
     "NoSuchKey": "there is no such object any more; it was listed a moment ago",
-    "AccessDenied": "access denied; these credentials need s3:ListBucket and s3:GetObject there",
+    "AccessDenied": "access denied; these credentials need {needs} there",
     "AllAccessDisabled": "access denied; all access to it is disabled",
     "InvalidAccessKeyId": "the store does not know this AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "access denied; AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID",
@@ -76,11 +78,13 @@ class S3Source:
     def __init__(
         self, uri: str, options: StorageOptions, setting: str = "MODEL_ID", read_seconds: float = READ_SECONDS
     ) -> None:
-        """Reaches nothing yet. `setting` is what messages call the URI; `read_seconds` is how long an answer may take.
+        """Reaches nothing yet. `setting` is what messages call the URI: MODEL_ID is read, any other written too;
+        `read_seconds` is how long an answer may take.
         Raises StartupError for a URI or a configuration that is wrong in itself."""
         connection = connection_of(options)
         self.bucket, self.prefix = parse(uri, connection.bucket, setting)
         self.uri = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        self._needs = READER if setting == "MODEL_ID" else WRITER
         self._endpoint = urlsplit(connection.endpoint).netloc if connection.endpoint else "AWS"
         self.client = _client(self.uri, connection, read_seconds)
         self._ranges = Ranges(connection.verify)
@@ -162,7 +166,7 @@ class S3Source:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if code in RETRIED or status in (429, 500, 502, 503, 504):
                 return Transient(f"status {status} {code}")
-            return StartupError(f"{self.uri} at {self._endpoint}: {_advice(code, status)}")
+            return StartupError(f"{self.uri} at {self._endpoint}: {_advice(code, status, self._needs)}")
         if isinstance(error, boto_errors.SSLError):
             return StartupError(_tls(self.uri, self._endpoint, error))
         if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
@@ -180,7 +184,8 @@ class S3Source:
         if refused.status in (200, 206):
             return StartupError(f"{name}: {self._endpoint} does not answer ranges of objects")
         code = re.search(rb"<Code>(\w+)</Code>", refused.body)
-        return StartupError(f"{name} at {self._endpoint}: {_advice(code[1].decode() if code else '', refused.status)}")
+        advice = _advice(code[1].decode() if code else "", refused.status, self._needs)
+        return StartupError(f"{name} at {self._endpoint}: {advice}")
 
 
 def open_source(uri: str, options: StorageOptions) -> S3Source:
@@ -193,7 +198,7 @@ def uploader(
 ) -> tuple[Callable[[Path, str], None], Callable[[str, frozenset[str]], None]]:
     """A function that puts a file under the prefix, by a relative name, and one that removes a folder's weights but
     for those of the names given. Both raise StartupError, as this does where a model lies there already."""
-    store = S3Source(uri, options)
+    store = S3Source(uri, options, "DEST")
     bucket, prefix = store.bucket, store.prefix
     client = store.client
 
@@ -357,15 +362,14 @@ def _remote(entry: dict[str, Any], prefix: str) -> RemoteFile:
     return RemoteFile(entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"], md5=md5)
 
 
-def _advice(code: str, status: int) -> str:
-    if code in ADVICE:
-        return ADVICE[code]
+def _advice(code: str, status: int, needs: str) -> str:
     by_status = {
         403: ADVICE["AccessDenied"],
         404: "there is no such bucket or object",
         301: ADVICE["PermanentRedirect"],
     }
-    return by_status.get(status, f"the store answered {status} {code}".rstrip())
+    told = ADVICE.get(code) or by_status.get(status, f"the store answered {status} {code}".rstrip())
+    return told.replace("{needs}", needs)
 
 
 def _tls(uri: str, endpoint: str, error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import __version__
 from runtime.cgroup import cpu_count
+from runtime.engine.client import EngineClient
 from runtime.errors import StartupError
 from runtime.logs import configure, log
 from runtime.settings import Settings, load
@@ -43,18 +44,20 @@ def serve(settings: Settings) -> int:
     for name, port in (("HTTP_PORT", settings.http_port), ("GRPC_PORT", settings.grpc_port)):
         if name == "HTTP_PORT" or settings.enable_grpc:
             _check_port(name, port)
+    engine = EngineClient(settings, settings.cpu_threads or max(1, cpu_count() - 1))
+    engine.spawn()  # it imports torch while this process imports kserve
     sys.argv = sys.argv[:1]  # kserve.model_server parses it at import, abbreviations and all
     import kserve.model_server as kserve_server
 
     kserve_server.args.configure_logging = False
-    runner = _runner(kserve_server, settings)
+    runner = _runner(kserve_server, settings, engine)
     runner.start([])
     if runner.failure is not None:
         raise runner.failure
     return 0
 
 
-def _runner(kserve_server: Any, settings: Settings) -> Any:
+def _runner(kserve_server: Any, settings: Settings, engine: EngineClient) -> Any:
     from fastapi.openapi.utils import get_openapi
     from kserve.model_repository import ModelRepository
     from starlette.exceptions import HTTPException
@@ -62,7 +65,6 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
     from starlette.responses import JSONResponse
 
     from runtime.access import Keys
-    from runtime.engine.client import EngineClient
     from runtime.middleware import Guard
     from runtime.model import DiffusionModel, Repository
     from runtime.protocol import grpc
@@ -85,8 +87,6 @@ def _runner(kserve_server: Any, settings: Settings) -> Any:
 
         async def _serve(self) -> None:
             loop = asyncio.get_running_loop()
-            threads = settings.cpu_threads or max(1, cpu_count() - 1)
-            engine = EngineClient(settings, threads)
             scheduler = Scheduler(engine, settings)
             model = DiffusionModel(settings, engine, scheduler)
             repository = Repository(model, settings.model_aliases)

@@ -117,18 +117,17 @@ class DiffusionModel(Model):  # type: ignore[misc]
         failures = 0
         while True:
             await self._wanted.wait()
-            begun = time.monotonic()
             self.engine.start(restarted=failures > 0)
             if not await self._loaded():
                 if self.engine.state == UNLOADED:
                     continue
                 raise fatal(self.engine)
-            failures = 0 if time.monotonic() - begun > 60 else failures
+            failures = 0 if time.monotonic() - self.engine.begun > 60 else failures
             capabilities = self.engine.capabilities
             assert capabilities is not None
             self._checker = RequestChecker(capabilities, self.settings.limits)
-            if self.engine.warmup is not None:
-                self.scheduler.costs.learn(*self.engine.warmup)
+            for drawn in self.engine.warmup:
+                self.scheduler.costs.learn(*drawn)
             for stage, seconds in self.engine.load_seconds.items():
                 metrics.LOAD_SECONDS.labels(self.name, stage).set(seconds)
             log(
@@ -136,7 +135,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
                 f"ready: {capabilities.pipeline_class} as {self.name}",
                 source=capabilities.source,
                 bytes=capabilities.model_bytes,
-                seconds=round(time.monotonic() - begun, 1),
+                seconds=round(time.monotonic() - self.engine.begun, 1),
                 device=capabilities.device,
                 dtypes=dict(capabilities.dtypes),
                 revision=capabilities.model_revision,

@@ -7,10 +7,13 @@ a flag wins over a variable. This module is the only reader of `os.environ`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
@@ -19,6 +22,7 @@ from runtime.errors import StartupError, shown
 from runtime.families.base import Limits
 from runtime.jobs.store import Lifetimes
 from runtime.storage.options import StorageOptions
+from runtime.types import Acceleration
 
 
 def _tristate(value: Any) -> Any:
@@ -33,6 +37,18 @@ def _names(value: Any) -> Any:
 
 def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
+
+
+def _sizes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found = []
+    for part in _names(value):
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", part.lower())
+        if match is None:
+            raise ValueError(f"{shown(part)} is no size such as 1024x768")
+        found.append((int(match[1]), int(match[2])))
+    return tuple(found)
 
 
 def _path_segment(value: str) -> str:
@@ -117,10 +133,26 @@ class Settings(BaseModel):
     enable_vae_tiling: Tristate = Field("auto", description="Decode in tiles: less memory, visible in the pixels.")
     enable_cpu_offload: Tristate = Field("auto", description="Keep only the running component on the GPU.")
     enable_sequential_cpu_offload: Tristate = Field("auto", description="Keep only the running layer on the GPU.")
+    attention_backend: Annotated[Literal["auto", "cudnn", "flash", "flash-attn", "native"], BeforeValidator(_lower)] = (
+        Field(
+            "auto",
+            description="Kernel of the denoiser's attention; auto is GLM-Image's fastest, else diffusers' own.",
+        )
+    )
+    token_weights: Annotated[Literal["plain", "int8", "float8"], BeforeValidator(_lower)] = Field(
+        "plain", description="Numbers that GLM-Image's token stage keeps its weights in; 8 bits change the picture."
+    )
+    denoiser_weights: Annotated[Literal["plain", "float8"], BeforeValidator(_lower)] = Field(
+        "plain", description="Numbers that GLM-Image's DiT keeps its weights in; 8 bits change the picture."
+    )
     cpu_threads: int = Field(
         0, ge=0, description="Threads of the engine's CPU arithmetic; 0 takes all CPUs of the container but one."
     )
     warmup: bool = Field(True, description="Make one small picture before READY.")
+    warmup_sizes: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_sizes)] = Field(
+        (),
+        description="Further results that WARMUP makes, of these widths and heights in pixels: 1024x1024,768x1344.",
+    )
     max_batch_size: Positive = Field(
         1, description="Most compatible prompts that run together; above 1 a seed's bytes depend on its company."
     )
@@ -255,6 +287,10 @@ class Settings(BaseModel):
         )
 
     @property
+    def acceleration(self) -> Acceleration:
+        return Acceleration(self.attention_backend, self.token_weights, self.denoiser_weights)
+
+    @property
     def optimizations(self) -> dict[str, str]:
         """Name of each optimization, without its ENABLE_, to auto, true or false."""
         return {
@@ -299,6 +335,21 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with `changes` and without the keys, for the engine process."""
     return {**{name: value for name, value in os.environ.items() if name != "API_KEY"}, **changes}
+
+
+def compile_caches(cache_dir: str | None) -> dict[str, str]:
+    """Variables that say where compiled kernels are kept, but for those that the environment has: in CACHE_DIR, where
+    they outlive the container, else among the temporary files."""
+    home = Path(tempfile.gettempdir())
+    if cache_dir:
+        compiled = Path(cache_dir).absolute() / "compiled"
+        with contextlib.suppress(OSError):
+            compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Code is loaded from there: nobody else's folder.
+            if compiled.stat().st_uid == os.getuid() and os.access(compiled, os.W_OK):
+                home = compiled
+    folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+    return {name: str(home / folder) for name, folder in folders.items() if not os.environ.get(name)}
 
 
 def _revealed(secret: SecretStr | None) -> str | None:

@@ -102,6 +102,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Acceleration:
+    """What is fixed at the start and may change a picture's bits: the attention's kernel, and the number format that
+    the weights of the token stage and of the denoiser are read in."""
+
+    attention: str = "auto"
+    token_weights: str = "plain"
+    denoiser_weights: str = "plain"
+
+
+PLAIN = Acceleration()
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What the engine tells the server once the model is loaded. `source` is where it came from, without secrets,
     `model_bytes` the size of its weights as loaded.

@@ -40,7 +40,7 @@ from runtime.engine.messages import (
 )
 from runtime.errors import DiffusionError, GenerationFailed, NotReady, StartupError
 from runtime.logs import log
-from runtime.settings import Settings, child_environment
+from runtime.settings import Settings, child_environment, compile_caches
 from runtime.types import Capabilities, GenerationRequest, GenerationResult, Progress
 
 LOADING, WARMING, READY, FAILED, UNLOADED = "loading", "warming", "ready", "failed", "unloaded"
@@ -79,6 +79,7 @@ class EngineClient:
         self._settings = settings
         self._cpu_threads = cpu_threads
         self._process: subprocess.Popen[bytes] | None = None
+        self._channels: tuple[Connection[Any, Any], socket.socket] | None = None  # of a process nobody listens to yet
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._jobs = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
@@ -89,8 +90,8 @@ class EngineClient:
         self.capabilities: Capabilities | None = None
         self.load_seconds: dict[str, float] = {}  # by stage of the last start
         self.load_bytes = 0
-        self._stage_begun = time.monotonic()
-        self.warmup: tuple[GenerationRequest, Mapping[str, float]] | None = None
+        self.begun = self._stage_begun = time.monotonic()  # of this process, of its stage
+        self.warmup: tuple[tuple[GenerationRequest, Mapping[str, float]], ...] = ()
         self.memory = Memory()
         self.ready = asyncio.Event()
         self._activity = 0
@@ -109,38 +110,61 @@ class EngineClient:
 
     # --- life
 
-    def start(self, restarted: bool = False) -> None:
-        """Spawn the engine; `ready` is set once its model is loaded. Called on the main thread, whose
-        death ends the engine too (PR_SET_PDEATHSIG follows the spawning thread)."""
-        loop = asyncio.get_running_loop()
+    def spawn(self, restarted: bool = False) -> None:
+        """Begin the process, without listening to it: `start` does. Called on the main thread, whose death ends the
+        engine too (PR_SET_PDEATHSIG follows the spawning thread)."""
         control, their_control = socket.socketpair()
         media, their_media = socket.socketpair()
         threads = str(self._cpu_threads)
-        self.state, self.stage, self.reason, self.capabilities = LOADING, Stage(LOADING, 0.0), "", None
-        self._exited = asyncio.Event()
-        self._heard = self._stage_begun = time.monotonic()
-        self.load_seconds, self.load_bytes = {}, 0
+        self.begun = self._stage_begun = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runtime.engine.worker", str(their_control.fileno()), str(their_media.fileno())],
             pass_fds=(their_control.fileno(), their_media.fileno()),
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             env=child_environment(
-                OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TORCHINDUCTOR_COMPILE_THREADS=threads
+                OMP_NUM_THREADS=threads,
+                MKL_NUM_THREADS=threads,
+                TORCHINDUCTOR_COMPILE_THREADS=threads,
+                **compile_caches(self._settings.cache_dir),
             ),
         )
         their_control.close()
         their_media.close()
         connection = Connection(control.detach())
-        self._outbox = queue.SimpleQueue()
+        self._channels, self._outbox = (connection, media), queue.SimpleQueue()
         s = self._settings
-        self._outbox.put(
+        connection.send(
             Configure(
-                *(s.source, s.storage, s.device, s.dtype, s.optimizations, self._cpu_threads, s.warmup),
-                *(s.log_level, s.log_format, restarted, s.model_name, s.embed_metadata, s.log_prompts),
+                s.source,
+                s.storage,
+                s.device,
+                s.dtype,
+                s.optimizations,
+                s.acceleration,
+                self._cpu_threads,
+                s.warmup,
+                s.warmup_sizes,
+                s.log_level,
+                s.log_format,
+                restarted,
+                s.model_name,
+                s.embed_metadata,
+                s.log_prompts,
             )
         )
-        process = self._process
+
+    def start(self, restarted: bool = False) -> None:
+        """Listen to the engine that `spawn` began, or begin one; `ready` is set once its model is loaded."""
+        if self._channels is None:
+            self.spawn(restarted)
+        assert self._channels is not None and self._process is not None
+        (connection, media), self._channels = self._channels, None
+        self.state, self.stage, self.reason, self.capabilities = LOADING, Stage(LOADING, 0.0), "", None
+        self._exited = asyncio.Event()
+        self._heard = time.monotonic()
+        self.load_seconds, self.load_bytes = {}, 0
+        loop, process = asyncio.get_running_loop(), self._process
         for name, target, arguments in (
             ("control-reader", self._read_control, (connection, loop, process)),
             ("control-writer", _write_control, (connection, self._outbox)),

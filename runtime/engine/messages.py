@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtime.storage.options import StorageOptions
-from runtime.types import Capabilities, GeneratedMedia, GenerationRequest, Progress
+from runtime.types import Acceleration, Capabilities, GeneratedMedia, GenerationRequest, Progress
 
 MEDIA_HEADER = struct.Struct("!QIQ")  # job, index, bytes that follow
 
@@ -27,8 +27,10 @@ class Configure:
     device: str
     dtype: str
     optimizations: Mapping[str, str]
+    acceleration: Acceleration
     cpu_threads: int
     warmup: bool
+    warmup_sizes: tuple[tuple[int, int], ...]
     log_level: str
     log_format: str
     restarted: bool
@@ -81,10 +83,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """`warmup` is the request that was drawn first and its seconds by stage: what the cost model starts from."""
+    """`warmup` holds what was drawn first and the seconds by stage: what the cost model starts from."""
 
     capabilities: Capabilities
-    warmup: tuple[GenerationRequest, Mapping[str, float]] | None
+    warmup: tuple[tuple[GenerationRequest, Mapping[str, float]], ...]
     memory: Memory
 
 

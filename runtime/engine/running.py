@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from runtime.engine.context import Context
-from runtime.types import GenerationRequest
+from runtime.errors import StartupError
+from runtime.types import Acceleration, GenerationRequest
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 # AutoencoderKLWan runs its decoder once a latent frame: a check before each lets a cancel bite there too.
 CHECKED = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3", "vae.decoder", "vae.encoder")
+
+# ATTENTION_BACKEND -> diffusers' name for it
+ATTENTION = {"cudnn": "_native_cudnn", "flash": "_native_flash", "flash-attn": "flash", "native": "native"}
 
 
 class Hooks:
@@ -72,6 +76,32 @@ class Hooks:
         ):
             context.timings[stage] = context.timings.get(stage, 0.0) + seconds
         return output
+
+
+def stock_variant(pipeline: Any, acceleration: Acceleration) -> str:
+    """Gives a stock pipeline's denoisers the attention that is asked for; what came of it, in words.
+
+    Raises StartupError where the device or the pipeline has no such thing, and for 8-bit weights.
+    """
+    name = type(pipeline).__name__
+    if (acceleration.token_weights, acceleration.denoiser_weights) != ("plain", "plain"):
+        raise StartupError(f"TOKEN_WEIGHTS and DENOISER_WEIGHTS are GLM-Image's; {name} has plain ones only")
+    if acceleration.attention == "auto":
+        return "stock"
+    asked = f"ATTENTION_BACKEND={acceleration.attention}"
+    models = [m for n in DENOISERS if isinstance(m := getattr(pipeline, n, None), torch.nn.Module)]
+    if acceleration.attention != "native" and pipeline._execution_device.type != "cuda":
+        raise StartupError(f"{asked}: needs a CUDA device; native runs anywhere")
+    modules = [module for model in models for module in model.modules()]
+    processors = [getattr(module, "processor", None) for module in modules]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise StartupError(f"{asked}: the attention of {name} cannot be chosen; leave it at auto")
+    for model in models:
+        try:
+            cast("Any", model).set_attention_backend(ATTENTION[acceleration.attention])
+        except (RuntimeError, ValueError) as error:
+            raise StartupError(f"{asked}: {str(error).splitlines()[0]}") from error
+    return f"stock, {acceleration.attention} attention"
 
 
 class FreshScheduler:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from runtime.streaming import Stream
 
 PR_SET_PDEATHSIG = 1
+NICE = 5  # a third of the server's share where both want one core: probes come first
 HEARTBEAT_SECONDS = 1.0
 # What torch's class for it does not cover.
 OUT_OF_MEMORY = (
@@ -100,12 +101,16 @@ class Engine:
 
     def _load(self) -> None:
         configuration = self._configuration
+        from runtime.storage.cache import cached
         from runtime.storage.registry import open_source
 
         model = open_source(configuration.source, configuration.storage)
-        # Before the seconds that importing torch takes:
+        # Before the seconds that importing torch takes, or within them:
+        filling: Future[Path] | None = None
         if not isinstance(model, Path):
             model.files()
+            if configuration.storage.load_mode == "cached":
+                filling = ThreadPoolExecutor(1).submit(cached, model, configuration.storage, self._downloaded)
         elif not (model / "model_index.json").is_file():
             raise StartupError(f"{model} holds no pipeline: it has no model_index.json")
         import diffusers
@@ -131,6 +136,8 @@ class Engine:
         for last in (False, True):
             source = cast("Source", model)
             try:
+                if filling is not None and not last:
+                    filling.result()
                 load_remote(
                     source, configuration.storage, self._downloaded, partial(self._set_up, source.uri, source.revision)
                 )
@@ -160,37 +167,41 @@ class Engine:
         family = registry.family_of(type(loaded.pipeline).__name__)
         half = registry.pipeline_half(family)
         facts = half.facts(loaded.pipeline, folder)
-        self._runner = half.Runner(loaded.pipeline)
+        self._runner = half.Runner(loaded.pipeline, configuration.acceleration)
         self._revision = revision or loaded.revision
-        warmup = None
-        if configuration.warmup:
-            self.send(Stage("warming", 0.0))
-            begun = time.monotonic()
-            first = half.warmup(facts)
-            warmup = (first, self._draw([(first, 0)], lambda: False, lambda _: None)[1])
-            log(logging.INFO, "warmed up", seconds=round(time.monotonic() - begun, 2))
-        self.send(
-            Ready(
-                Capabilities(
-                    family=family,
-                    pipeline_class=type(loaded.pipeline).__name__,
-                    media="video" if facts["video"] else "image",
-                    facts=facts,
-                    defaults=_defaults(folder),
-                    source=source,
-                    model_bytes=loaded.model_bytes,
-                    model_revision=self._revision,
-                    device=loaded.device.name,
-                    dtypes=loaded.dtypes,
-                    optimizations=loaded.optimizations,
-                    engine_variant=_variant(
-                        loaded, getattr(self._runner, "variant", "stock"), configuration.cpu_threads
-                    ),
-                ),
-                warmup,
-                _memory(),
-            )
+        capabilities = Capabilities(
+            family=family,
+            pipeline_class=type(loaded.pipeline).__name__,
+            media="video" if facts["video"] else "image",
+            facts=facts,
+            defaults=_defaults(folder),
+            source=source,
+            model_bytes=loaded.model_bytes,
+            model_revision=self._revision,
+            device=loaded.device.name,
+            dtypes=loaded.dtypes,
+            optimizations=loaded.optimizations,
+            engine_variant=_variant(loaded, self._runner.variant, configuration.cpu_threads),
         )
+        warmup = self._warm_up(half.warmup(facts), capabilities) if configuration.warmup else ()
+        self.send(Ready(capabilities, warmup, _memory()))
+
+    def _warm_up(
+        self, small: GenerationRequest, capabilities: Capabilities
+    ) -> tuple[tuple[GenerationRequest, dict[str, float]], ...]:
+        """What is drawn before the first request, and its seconds by stage."""
+        from runtime.families.requests import warmup_request
+
+        sizes = self._configuration.warmup_sizes
+        wanted = [small, *(warmup_request(capabilities, *size) for size in sizes)]
+        drawn = []
+        for i, request in enumerate(wanted):
+            size = f"{request.width} x {request.height}"
+            self.send(Stage("warming", i / len(wanted), size if sizes else ""))
+            begun = time.monotonic()
+            drawn.append((request, self._draw([(request, 0)], lambda: False, lambda _: None)[1]))
+            log(logging.INFO, "warmed up", size=size, seconds=round(time.monotonic() - begun, 2))
+        return tuple(drawn)
 
     def _read(self, progress: Any) -> None:
         """Of a folder's files."""
@@ -461,6 +472,7 @@ def main() -> None:
         sys.exit("runtime.engine.worker is started by the server")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server decides when the engine ends
+    os.nice(NICE)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     control = Connection(int(sys.argv[1]))

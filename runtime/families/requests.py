@@ -5,7 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
+
+from PIL import Image
 
 from runtime.errors import InvalidRequest, StartupError, shown
 from runtime.families.base import IMAGE_FORMATS, VIDEO_FORMATS, Limits, Schema, check, normalise, parameter, within
@@ -15,6 +18,20 @@ from runtime.types import DEFAULTS_FILE, Capabilities, GenerationRequest, Source
 
 EXCLUSIVE = (("seconds", "num_frames"), ("num_frames", "seconds"))
 MAX_DRAWN_SEED = 2**32  # drawn seeds stay exact in a client whose numbers are doubles
+
+
+def warmup_request(capabilities: Capabilities, width: int, height: int) -> GenerationRequest:
+    """A request of one step and this size. Raises StartupError for a size that the model does not make."""
+    checker = RequestChecker(capabilities, Limits())
+    source = BytesIO()
+    Image.new("RGB", (width, height)).save(source, "PNG")
+    parameters = checker.schema.parameters
+    pictures = {name: source.getvalue() for name in ("image",) if name in parameters and parameters[name].required}
+    size = {"prompt": "warm-up", "seed": 0, "width": width, "height": height, "num_inference_steps": 1}
+    try:
+        return checker.complete(checker.check({**size, **pictures}))
+    except InvalidRequest as error:
+        raise StartupError(f"WARMUP_SIZES {width}x{height}: {error}") from error
 
 
 class RequestChecker:

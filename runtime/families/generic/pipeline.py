@@ -11,8 +11,15 @@ from typing import Any
 from PIL import Image
 
 from runtime.engine.context import Context
-from runtime.engine.running import FreshScheduler, Hooks, cpu_generator, flow_shift_key, scheduler_changes
-from runtime.types import GenerationRequest, SourceImage
+from runtime.engine.running import (
+    FreshScheduler,
+    Hooks,
+    cpu_generator,
+    flow_shift_key,
+    scheduler_changes,
+    stock_variant,
+)
+from runtime.types import Acceleration, GenerationRequest, SourceImage
 
 MIN_SIDE = 64
 KINDS = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -104,7 +111,8 @@ def warmup(facts: dict[str, Any]) -> GenerationRequest:
 class Runner:
     """Any pipeline that gives `.images` or `.frames`."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, acceleration: Acceleration) -> None:
+        self.variant = stock_variant(pipeline, acceleration)
         self._pipeline = pipeline
         self._hooks = Hooks(pipeline)
         self._scheduler = FreshScheduler(pipeline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from accelerate.hooks import CpuOffload
 from PIL import Image
 
 from runtime.engine.context import Context
-from runtime.engine.running import FreshScheduler, Hooks, cpu_generator
+from runtime.engine.running import FreshScheduler, Hooks, cpu_generator, stock_variant
 from runtime.errors import StartupError
 from runtime.families.glm_image import reference
 from runtime.families.glm_image.request import MULTIPLE, source_size
 from runtime.families.glm_image.tokens import TokenStage
 from runtime.families.glm_image.transformer import Denoiser, attention_backend
 from runtime.logs import log
-from runtime.types import GenerationRequest, SourceImage
+from runtime.types import PLAIN, Acceleration, GenerationRequest, SourceImage
+
+LEAST = {"int8": (8, 0), "float8": (8, 9)}  # compute capability
 
 
 def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
@@ -52,34 +55,30 @@ class Runner:
     """One GLM-Image pipeline. The token stage keeps state on its model: one generation at a time.
 
     `fast` None takes the fast path where a GPU has it and nothing stands in its way; True takes it anywhere, on a CPU
-    without kernels. `attention` names the DiT's attention. `token_weights` (plain, int8 or float8) and `denoiser_fp8`
-    trade bits of the picture for speed. `variant` says what came of all.
+    without kernels. `variant` says what came of it and of `acceleration`.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        fast: bool | None = None,
-        attention: str = "auto",
-        token_weights: str = "plain",
-        denoiser_fp8: bool = False,
-    ) -> None:
+    def __init__(self, pipeline: Any, acceleration: Acceleration = PLAIN, fast: bool | None = None) -> None:
         self._pipeline = pipeline
         self._hooks = Hooks(pipeline)
         self._scheduler = FreshScheduler(pipeline)
         self._facts = facts(pipeline, Path())
         encoder, transformer = pipeline.vision_language_encoder, pipeline.transformer
         ops, denoiser_ops = _ops(encoder, fast), _ops(transformer, fast)
-        _check_8_bit(encoder, ops, {"int8": (8, 0), "float8": (8, 9)}.get(token_weights))
-        _check_8_bit(transformer, denoiser_ops, (8, 9) if denoiser_fp8 else None)
+        token_weights, eight = acceleration.token_weights, acceleration.denoiser_weights == "float8"
+        _check_8_bit("TOKEN_WEIGHTS", token_weights, encoder, ops)
+        _check_8_bit("DENOISER_WEIGHTS", acceleration.denoiser_weights, transformer, denoiser_ops)
         self._tokens = TokenStage(encoder, transformer.config.prior_vq_quantizer_codebook_size, ops, token_weights)
         self._denoiser: Denoiser | None = None
-        told = [f"tokens by {_name(ops)}" + (f" from {token_weights}" if ops and token_weights != "plain" else "")]
+        self.variant = f"tokens by {_name(ops)}" + (f" from {token_weights}" if token_weights != "plain" else "")
         if denoiser_ops is not None:
-            backend = attention_backend(attention, transformer.device, transformer.dtype)
-            self._denoiser = Denoiser(transformer, denoiser_ops, backend, denoiser_fp8)
-            told += [f"DiT by {_name(denoiser_ops)}" + (" in float8" if denoiser_fp8 else ""), f"{backend} attention"]
-        self.variant = ", ".join(told) if ops or denoiser_ops else "stock"
+            backend = attention_backend(acceleration.attention, transformer.device, transformer.dtype)
+            self._denoiser = Denoiser(transformer, denoiser_ops, backend, eight)
+            self.variant += f", DiT by {_name(denoiser_ops)}" + (" in float8" if eight else "")
+            self.variant += f", {backend} attention"
+        else:
+            stock = stock_variant(pipeline, replace(PLAIN, attention=acceleration.attention))
+            self.variant = f"{self.variant}, DiT by {stock}" if ops else stock
 
     def run(self, request: GenerationRequest, seed: int, context: Context) -> Image.Image:
         """One picture; equal on the CPU to what the stock pipeline gives with ids outside the code book suppressed."""
@@ -188,17 +187,17 @@ def _ops(model: Any, fast: bool | None) -> Any:
     return kernels
 
 
-def _check_8_bit(model: Any, ops: Any, least: tuple[int, int] | None) -> None:
+def _check_8_bit(setting: str, weights: str, model: Any, ops: Any) -> None:
     """8-bit numbers are for the fast path, and float8 for GPUs that have it. Raises StartupError."""
-    if least is None or ops is reference:
+    if weights == "plain" or ops is reference:
         return
-    name = type(model).__name__
+    asked = f"{setting}={weights}"
     if ops is None:
-        raise StartupError(f"{name}: 8-bit weights need the kernels' path, which this device or setting leaves out")
-    if torch.cuda.get_device_capability(model.device) < least:
-        raise StartupError(f"{name}: this GPU has no float8; int8 token weights are what it can do")
+        raise StartupError(f"{asked}: needs GLM-Image's kernels, which run on a CUDA device without offload")
+    if torch.cuda.get_device_capability(model.device) < LEAST[weights]:
+        raise StartupError(f"{asked}: this GPU has no float8; TOKEN_WEIGHTS=int8 is what it can do")
     if model.dtype != torch.bfloat16:
-        raise StartupError(f"{name}: 8-bit weights are for bfloat16, not {model.dtype}")
+        raise StartupError(f"{asked}: is for DTYPE=bfloat16, not {model.dtype}")
 
 
 def _name(ops: Any) -> str:

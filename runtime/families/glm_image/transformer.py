@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from runtime.errors import StartupError
 from runtime.families.glm_image.decoder import fused
 from runtime.families.glm_image.reference import float8
 
@@ -27,7 +28,11 @@ EPS = 1e-5
 def attention_backend(setting: str, device: torch.device, dtype: torch.dtype) -> str:
     """cuDNN's on Hopper and later (on an H200 641 TFLOP/s against FlashAttention-2's 369). Before, FlashAttention-2:
     the flash-attn package's where it is installed, else PyTorch's. What PyTorch takes by itself for float32 and
-    elsewhere."""
+    elsewhere. Raises StartupError for a `setting` that the device cannot do."""
+    if setting == "flash-attn" and not find_spec("flash_attn"):
+        raise StartupError("ATTENTION_BACKEND=flash-attn: the package flash-attn is not installed")
+    if setting not in ("auto", "native") and device.type != "cuda":
+        raise StartupError(f"ATTENTION_BACKEND={setting}: needs a CUDA device; native runs anywhere")
     if setting != "auto":
         return setting
     if device.type != "cuda" or dtype == torch.float32:

@@ -10,8 +10,15 @@ import numpy as np
 from PIL import Image
 
 from runtime.engine.context import Context
-from runtime.engine.running import FreshScheduler, Hooks, cpu_generator, flow_shift_key, scheduler_changes
-from runtime.types import GenerationRequest, SourceImage
+from runtime.engine.running import (
+    FreshScheduler,
+    Hooks,
+    cpu_generator,
+    flow_shift_key,
+    scheduler_changes,
+    stock_variant,
+)
+from runtime.types import Acceleration, GenerationRequest, SourceImage
 
 # The authors' defaults (Wan-Video/Wan2.2, wan/configs; Wan 2.1: diffusers' own).
 T2V_A14B = {"width": 1280, "height": 720, "num_frames": 81, "fps": 16, "num_inference_steps": 40} | {
@@ -73,7 +80,8 @@ def warmup(facts: dict[str, Any]) -> GenerationRequest:
 class Runner:
     """One Wan checkpoint; TI2V-5B gets a second pipeline over the same components."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, acceleration: Acceleration) -> None:
+        self.variant = stock_variant(pipeline, acceleration)
         self._text = self._image = pipeline
         if type(pipeline).__name__ == "WanPipeline" and pipeline.config.expand_timesteps:
             self._image = diffusers.WanImageToVideoPipeline(

@@ -37,7 +37,7 @@ from runtime.engine.context import Context
 from runtime.engine.running import clean, cpu_generator, isolated_random_state
 from runtime.families.glm_image.pipeline import Runner
 from runtime.families.glm_image.tokens import TokenStage
-from runtime.types import GenerationRequest
+from runtime.types import PLAIN, Acceleration, GenerationRequest
 
 DEVICE = torch.device("cuda")
 STEPS = 50
@@ -117,10 +117,10 @@ class Arms:
         self.take()
         self.stock_tokens = TokenStage(encoder, BOOK, None)  # stock's sampling with a request's own noise
 
-    def take(self, **options: Any) -> None:
-        """The engine's arm, with a runner's options."""
+    def take(self, acceleration: Acceleration = PLAIN) -> None:
+        """The engine's arm."""
         self.transformer.__dict__.pop("forward", None)
-        self.runner = Runner(self.pipeline, **options)
+        self.runner = Runner(self.pipeline, acceleration)
         self._forward = self.transformer.forward
 
     @contextmanager
@@ -465,7 +465,7 @@ def eight_bit(arms: Arms) -> dict[str, Any]:
     """The lossy options: full runs, and how far they are from stock."""
     found: dict[str, Any] = {}
     for weights in ("int8", "float8"):
-        arms.take(token_weights=weights, denoiser_fp8=True)
+        arms.take(Acceleration(token_weights=weights, denoiser_weights="float8"))
         arms.draw(replace(REQUEST, num_inference_steps=1))
         torch.cuda.reset_peak_memory_stats()
         total = seconds(lambda: found.update(timings=arms.draw(REQUEST)[1]))

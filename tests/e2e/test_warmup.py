@@ -26,6 +26,7 @@ def test_sizes_are_warmed_up_and_their_cost_is_known(start: Start, tmp_path: Pat
         *("wan-i2v-a14b", "--warmup_sizes", "64x32, 32x64", "--attention_backend", "native"),
         CACHE_DIR=str(cache),
         TRITON_CACHE_DIR="",
+        TORCHINDUCTOR_CACHE_DIR="",  # torch sets it in every process that imports it, this one too
     )
     server.wait_ready()
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
@@ -55,7 +56,12 @@ def test_what_the_model_cannot_do_ends_the_start(start: Start, environment: dict
 def test_what_is_compiled_is_kept_where_it_may_be(start: Start, tmp_path: Path) -> None:
     """A folder that cannot be made, and the operator's own."""
     (tmp_path / "file").touch()
-    server = start("sd15", CACHE_DIR=str(tmp_path / "file" / "cache"), TRITON_CACHE_DIR="/somewhere/else")
+    server = start(
+        "sd15",
+        CACHE_DIR=str(tmp_path / "file" / "cache"),
+        TRITON_CACHE_DIR="/somewhere/else",
+        TORCHINDUCTOR_CACHE_DIR="",
+    )
     server.wait_ready()
     environment = engine_of(server).environ()
     assert environment["TRITON_CACHE_DIR"] == "/somewhere/else"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from runtime import settings
 from runtime.storage.options import StorageOptions
 from tests.conftest import ROOT, clean_environment
+from tests.storage.mirror import mirrored
 from tests.storage.servers import FRESH, SECRET, Hub, Proxy, Store, hub_server, proxy_to, rclone
 
 MIB = 2**20
@@ -113,7 +115,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")  # no longer: with FRESH rclone keeps a core busy, asked or not
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with rclone(tmp_path_factory.mktemp("s3"), *FRESH) as store:
+    folder, real = tmp_path_factory.mktemp("s3"), os.environ.get("TEST_S3_ENDPOINT")
+    with mirrored(folder, real) if real else rclone(folder, *FRESH) as store:
         yield store
 
 

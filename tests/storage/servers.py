@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import http.client
 import json
 import re
@@ -192,7 +193,10 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
         def _edited(self, answer: http.client.HTTPResponse) -> None:
             body = answer.read()
             if proxy.replace:
-                body = body.replace(*proxy.replace)
+                old, new = proxy.replace
+                quoted = [urllib.parse.quote(html.unescape(text.decode()), safe="").encode() for text in (old, new)]
+                # Some stores quote keys when they are asked to, some ignore that.
+                body = body.replace(*quoted) if b"<EncodingType>url<" in body else body.replace(old, new)
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

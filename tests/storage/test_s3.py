@@ -82,14 +82,15 @@ def test_credentials_in_each_way_they_are_injected(way, uri, s3, bucket, options
 
 
 @pytest.mark.parametrize("how", ["AWS_ANONYMOUS", "awsAnonymousCredential", "STORAGE_CONFIG"])
-def test_anonymous(how, model, options, tmp_path, s3):
+def test_anonymous(how, model, bucket, options, tmp_path, s3):
     with rclone(tmp_path / "open", auth=False) as store:
         shutil.copytree(model, store.folder / "b/m")
         none = dict.fromkeys(s3.environment)
         value = json.dumps({"type": "s3", "anonymous": True}) if how == "STORAGE_CONFIG" else "true"
         folder = resolve("s3://b/m", options(**{**none, "AWS_S3_ENDPOINT": store.endpoint, how: value}))
         assert sorted(content(folder)) == NEEDED
-    assert "access denied" in refused("s3://b/m", options(**{**none, "AWS_S3_ENDPOINT": s3.endpoint, how: value}))
+    closed = options(**{**none, "AWS_S3_ENDPOINT": s3.endpoint, how: value})
+    assert "access denied" in refused(f"s3://{bucket.name}/m", closed)
 
 
 def test_no_credentials(uri, options, s3):

@@ -19,7 +19,7 @@ from runtime.engine.running import (
     scheduler_changes,
     stock_variant,
 )
-from runtime.types import Acceleration, GenerationRequest, SourceImage
+from runtime.types import PLAIN, Acceleration, GenerationRequest, SourceImage
 
 MIN_SIDE = 64
 KINDS = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -111,7 +111,7 @@ def warmup(facts: dict[str, Any]) -> GenerationRequest:
 class Runner:
     """Any pipeline that gives `.images` or `.frames`."""
 
-    def __init__(self, pipeline: Any, acceleration: Acceleration) -> None:
+    def __init__(self, pipeline: Any, acceleration: Acceleration = PLAIN) -> None:
         self.variant = stock_variant(pipeline, acceleration)
         self._pipeline = pipeline
         self._hooks = Hooks(pipeline)

@@ -18,7 +18,7 @@ from runtime.engine.running import (
     scheduler_changes,
     stock_variant,
 )
-from runtime.types import Acceleration, GenerationRequest, SourceImage
+from runtime.types import PLAIN, Acceleration, GenerationRequest, SourceImage
 
 # The authors' defaults (Wan-Video/Wan2.2, wan/configs; Wan 2.1: diffusers' own).
 T2V_A14B = {"width": 1280, "height": 720, "num_frames": 81, "fps": 16, "num_inference_steps": 40} | {
@@ -80,7 +80,7 @@ def warmup(facts: dict[str, Any]) -> GenerationRequest:
 class Runner:
     """One Wan checkpoint; TI2V-5B gets a second pipeline over the same components."""
 
-    def __init__(self, pipeline: Any, acceleration: Acceleration) -> None:
+    def __init__(self, pipeline: Any, acceleration: Acceleration = PLAIN) -> None:
         self.variant = stock_variant(pipeline, acceleration)
         self._text = self._image = pipeline
         if type(pipeline).__name__ == "WanPipeline" and pipeline.config.expand_timesteps:

@@ -45,7 +45,10 @@ def serve(settings: Settings) -> int:
         if name == "HTTP_PORT" or settings.enable_grpc:
             _check_port(name, port)
     engine = EngineClient(settings, settings.cpu_threads or max(1, cpu_count() - 1))
-    engine.spawn()  # it imports torch while this process imports kserve
+    try:
+        engine.spawn()  # it imports torch while this process imports kserve
+    except OSError as error:
+        raise StartupError(f"the engine cannot be started: {error.strerror or error}") from error
     sys.argv = sys.argv[:1]  # kserve.model_server parses it at import, abbreviations and all
     import kserve.model_server as kserve_server
 

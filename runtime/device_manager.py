@@ -20,7 +20,6 @@ class Device:
     type: Literal["cuda", "mps", "cpu"]
     name: str
     total_memory: int | None
-    compute_capability: tuple[int, int] | None
     supports_bfloat16: bool
 
     @property
@@ -59,15 +58,15 @@ def _cuda() -> Device | None:
     capability = (properties.major, properties.minor)
     # torch counts emulation as support; below sm80 it is slower than float16 and misses operators.
     bfloat16 = capability >= (8, 0) and torch.cuda.is_bf16_supported()
-    return Device("cuda", properties.name, properties.total_memory, capability, bfloat16)
+    return Device("cuda", properties.name, properties.total_memory, bfloat16)
 
 
 def _mps() -> Device | None:
     if not torch.backends.mps.is_available():
         return None
     bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)
-    return Device("mps", "Apple GPU", torch.mps.recommended_max_memory(), None, bfloat16)
+    return Device("mps", "Apple GPU", torch.mps.recommended_max_memory(), bfloat16)
 
 
 def _cpu() -> Device:
-    return Device("cpu", "CPU", host_memory_limit(), None, True)
+    return Device("cpu", "CPU", host_memory_limit(), True)

@@ -17,7 +17,7 @@ from runtime.errors import StartupError, shown
 logger = logging.getLogger("diffusion_runtime.dtype")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Decoded in float32 by the stock examples, whatever the rest runs in.
 FLOAT32_CLASSES = frozenset({"AutoencoderKLWan"})
 
@@ -110,7 +110,7 @@ def _native_dtype(name: str, tensors: Iterable[Tensor], device: Device) -> torch
     if not stored:
         return _auto(device)[0]
     dominant = stored.most_common(1)[0][0]
-    dtype = SAFETENSORS_DTYPES.get(dominant)
+    dtype = STORED.get(dominant)
     if dtype is not None and dtype in _supported(device):
         return dtype
     fallback = _auto(device)[0] if dtype is None else torch.float16

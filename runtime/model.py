@@ -55,6 +55,7 @@ class Checked:
 
 
 MAX_ENGINE_FAILURES = 3  # in a row; then the process ends and Kubernetes takes over
+SOUND_SECONDS = 60.0  # an engine that served so long begins a new row
 BACKOFF_SECONDS = 1.0  # before the first restart of a dead engine; doubles with each
 
 
@@ -122,7 +123,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
                 if self.engine.state == UNLOADED:
                     continue
                 raise fatal(self.engine)
-            failures = 0 if time.monotonic() - self.engine.begun > 60 else failures
+            ready_at = time.monotonic()
             capabilities = self.engine.capabilities
             assert capabilities is not None
             self._checker = RequestChecker(capabilities, self.settings.limits)
@@ -144,7 +145,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             self._checker = None
             if self.engine.state == UNLOADED:
                 continue
-            failures += 1
+            failures = 1 if time.monotonic() - ready_at > SOUND_SECONDS else failures + 1
             metrics.RESTARTS.labels(self.name).inc()
             if failures > MAX_ENGINE_FAILURES:
                 raise StartupError(f"the engine died {failures} times in a row: {self.engine.reason}")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ def _sizes(value: Any) -> Any:
         return value
     found = []
     for part in _names(value):
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", part.lower())
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", part.lower())
         if match is None:
             raise ValueError(f"{shown(part)} is no size such as 1024x768")
         found.append((int(match[1]), int(match[2])))
@@ -340,16 +341,24 @@ def child_environment(**changes: str) -> dict[str, str]:
 def compile_caches(cache_dir: str | None) -> dict[str, str]:
     """Variables that say where compiled kernels are kept, but for those that the environment has: in CACHE_DIR, where
     they outlive the container, else among the temporary files."""
-    home = Path(tempfile.gettempdir())
-    if cache_dir:
-        compiled = Path(cache_dir).absolute() / "compiled"
-        with contextlib.suppress(OSError):
-            compiled.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Code is loaded from there: nobody else's folder.
-            if compiled.stat().st_uid == os.getuid() and os.access(compiled, os.W_OK):
-                home = compiled
-    folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
-    return {name: str(home / folder) for name, folder in folders.items() if not os.environ.get(name)}
+    home = _own_folder(Path(cache_dir).absolute() / "compiled") if cache_dir else None
+    with contextlib.suppress(OSError):  # there is no temporary directory
+        home = home or _own_folder(Path(tempfile.gettempdir(), f"diffusion-runtime-{os.getuid()}-compiled"))
+    folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"} if home else {}
+    return {name: f"{home}/{folder}" for name, folder in folders.items() if not os.environ.get(name)}
+
+
+def _own_folder(path: Path) -> Path | None:
+    """The folder, made where it is missing; None where others may have put code there, or nothing may be written."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        # A group may write: Kubernetes gives volumes to the pod's own.
+        own = found.st_uid == os.getuid() and not found.st_mode & stat.S_IWOTH
+        if stat.S_ISDIR(found.st_mode) and own and os.access(path, os.W_OK):
+            return path
+    return None
 
 
 def _revealed(secret: SecretStr | None) -> str | None:

@@ -78,6 +78,7 @@ class EngineClient:
     def __init__(self, settings: Settings, cpu_threads: int) -> None:
         self._settings = settings
         self._cpu_threads = cpu_threads
+        self._compile_caches = compile_caches(settings.cache_dir)
         self._process: subprocess.Popen[bytes] | None = None
         self._channels: tuple[Connection[Any, Any], socket.socket] | None = None  # of a process nobody listens to yet
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
@@ -126,7 +127,7 @@ class EngineClient:
                 OMP_NUM_THREADS=threads,
                 MKL_NUM_THREADS=threads,
                 TORCHINDUCTOR_COMPILE_THREADS=threads,
-                **compile_caches(self._settings.cache_dir),
+                **self._compile_caches,
             ),
         )
         their_control.close()
@@ -145,6 +146,7 @@ class EngineClient:
                 self._cpu_threads,
                 s.warmup,
                 s.warmup_sizes,
+                s.limits,
                 s.log_level,
                 s.log_format,
                 restarted,
@@ -174,23 +176,24 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the engine and everything it started. Returns when it is gone."""
-        process = self._process
+        process, exited = self._process, self._exited
         if process is None:
             return
         self.state, self.reason = UNLOADED, ""
         self.ready.clear()
         self._outbox.put(None)  # closes the channel, which ends the engine
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._exited.wait(), STOP_SECONDS)
-        self.kill()
-        await self._exited.wait()
-        self._process = None
+            await asyncio.wait_for(exited.wait(), STOP_SECONDS)
+        if not exited.is_set():
+            _kill(process)
+            await exited.wait()
+        if self._process is process:  # else the model is being loaded again
+            self._process = None
 
     def kill(self) -> None:
         """End the engine's whole process group at once."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            _kill(self._process)
 
     async def wait_exited(self) -> None:
         await self._exited.wait()
@@ -352,6 +355,11 @@ class EngineDied(NotReady):
 def fatal(client: EngineClient) -> StartupError:
     """Why the start can't succeed, as the line the operator reads."""
     return StartupError(client.reason or "the engine ended while it was loading")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _write_control(connection: Connection, outbox: queue.SimpleQueue[ToEngine | None]) -> None:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from runtime.families.base import Limits
 from runtime.storage.options import StorageOptions
 from runtime.types import Acceleration, Capabilities, GeneratedMedia, GenerationRequest, Progress
 
@@ -31,6 +32,7 @@ class Configure:
     cpu_threads: int
     warmup: bool
     warmup_sizes: tuple[tuple[int, int], ...]
+    limits: Limits
     log_level: str
     log_format: str
     restarted: bool

@@ -25,7 +25,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from runtime.engine.messages import (
     MEDIA_HEADER,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from runtime.storage.source import Source
     from runtime.streaming import Stream
 
+T = TypeVar("T")
 PR_SET_PDEATHSIG = 1
 NICE = 5  # a third of the server's share where both want one core: probes come first
 HEARTBEAT_SECONDS = 1.0
@@ -110,7 +111,7 @@ class Engine:
         if not isinstance(model, Path):
             model.files()
             if configuration.storage.load_mode == "cached":
-                filling = ThreadPoolExecutor(1).submit(cached, model, configuration.storage, self._downloaded)
+                filling = _in_background(partial(cached, model, configuration.storage, self._downloaded))
         elif not (model / "model_index.json").is_file():
             raise StartupError(f"{model} holds no pipeline: it has no model_index.json")
         import diffusers
@@ -189,17 +190,25 @@ class Engine:
     def _warm_up(
         self, small: GenerationRequest, capabilities: Capabilities
     ) -> tuple[tuple[GenerationRequest, dict[str, float]], ...]:
-        """What is drawn before the first request, and its seconds by stage."""
+        """What is drawn before the first request, and its seconds by stage. Raises StartupError."""
         from runtime.families.requests import warmup_request
 
-        sizes = self._configuration.warmup_sizes
-        wanted = [small, *(warmup_request(capabilities, *size) for size in sizes)]
+        configuration = self._configuration
+        sizes = [warmup_request(capabilities, configuration.limits, *size) for size in configuration.warmup_sizes]
         drawn = []
-        for i, request in enumerate(wanted):
+        for i, request in enumerate([small, *sizes]):
             size = f"{request.width} x {request.height}"
-            self.send(Stage("warming", i / len(wanted), size if sizes else ""))
+            self.send(Stage("warming", i / (1 + len(sizes)), size if sizes else ""))
             begun = time.monotonic()
-            drawn.append((request, self._draw([(request, 0)], lambda: False, lambda _: None)[1]))
+            try:
+                for _ in range(2 if i else 1):  # the first of a size pays for its kernels: the second tells its cost
+                    timings = self._draw([(request, 0)], lambda: False, lambda _: None)[1]
+            except Exception as error:
+                log(logging.ERROR, "the warm-up failed", exc_info=error)
+                attention = configuration.acceleration.attention
+                asked = "" if attention == "auto" else f" with ATTENTION_BACKEND={attention}"
+                raise StartupError(f"the warm-up of {size}{asked} failed: {_first_line(error)}") from error
+            drawn.append((request, timings))
             log(logging.INFO, "warmed up", size=size, seconds=round(time.monotonic() - begun, 2))
         return tuple(drawn)
 
@@ -350,6 +359,20 @@ class Engine:
         """What the file of one picture or video shall say of it."""
         c = self._configuration
         return metadata_of(request, seed, c.model_name, self._revision, c.log_prompts) if c.embed_metadata else None
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """On a thread that the process's end does not wait for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="filling", daemon=True).start()
+    return future
 
 
 def _encoded(

@@ -8,10 +8,11 @@ The request half is a module `families/<name>/request.py` with three functions:
 
 The pipeline half is a module `families/<name>/pipeline.py` with
 
-    PIPELINES                       class names in model_index.json that the family serves
     facts(pipeline, folder) -> dict JSON values for the request half
-    Runner(pipeline)                `.run(request, seed, context) -> list of frames or one picture`, and where
-                                    `batch_key` gives keys `.run_batch([(request, seed), …], context) -> list of those`
+    warmup(facts)                   the request of the smallest result
+    Runner(pipeline, acceleration)  `.run(request, seed, context) -> list of frames or one picture`, and where
+                                    `batch_key` gives keys `.run_batch([(request, seed), …], context) -> list of those`;
+                                    `.variant`: what of the acceleration and of the device decides a result's bytes
 
 Adding a family: the folder and one line in `registry.py`.
 """

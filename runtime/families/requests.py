@@ -20,14 +20,13 @@ EXCLUSIVE = (("seconds", "num_frames"), ("num_frames", "seconds"))
 MAX_DRAWN_SEED = 2**32  # drawn seeds stay exact in a client whose numbers are doubles
 
 
-def warmup_request(capabilities: Capabilities, width: int, height: int) -> GenerationRequest:
-    """A request of one step and this size. Raises StartupError for a size that the model does not make."""
-    checker = RequestChecker(capabilities, Limits())
-    source = BytesIO()
-    Image.new("RGB", (width, height)).save(source, "PNG")
+def warmup_request(capabilities: Capabilities, limits: Limits, width: int, height: int) -> GenerationRequest:
+    """A request of one step and this size. Raises StartupError for a size that no request may ask for."""
+    checker, source = RequestChecker(capabilities, limits), BytesIO()
+    Image.new("RGB", (64, 64)).save(source, "PNG")
     parameters = checker.schema.parameters
     pictures = {name: source.getvalue() for name in ("image",) if name in parameters and parameters[name].required}
-    size = {"prompt": "warm-up", "seed": 0, "width": width, "height": height, "num_inference_steps": 1}
+    size = {"prompt": "warm-up", "seed": 0, "n": 1, "width": width, "height": height, "num_inference_steps": 1}
     try:
         return checker.complete(checker.check({**size, **pictures}))
     except InvalidRequest as error:

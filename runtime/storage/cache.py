@@ -63,7 +63,7 @@ def cached(source: Source, options: StorageOptions, on_progress: OnProgress | No
     """
     root, files = cache_folder(options), source.files()
     waiting: Meter | None = None
-    seen = 0
+    seen = 0  # bytes of the other process's
     with ExitStack() as stack:
         while (folder := complete(root, source.uri, source.revision)) is None:
             with CacheWriter(root, source) as writer:
@@ -72,11 +72,11 @@ def cached(source: Source, options: StorageOptions, on_progress: OnProgress | No
                     _fill(writer, source, options.threads, on_progress)
                     folder = writer.finish()
                     break
+                there = writer.staged_bytes()
                 if waiting is None:
                     log(logging.INFO, f"another process downloads {source.uri}; waiting for it")
-                    total = sum(file.size for file in files)
-                    waiting = stack.enter_context(Meter(source.uri, total, 0, on_progress))
-                there = writer.staged_bytes()
+                    seen, total = there, sum(file.size for file in files)
+                    waiting = stack.enter_context(Meter(source.uri, total, seen, on_progress))
                 waiting.add(there - seen)
                 seen = there
             time.sleep(WAIT_SECONDS)
@@ -150,12 +150,12 @@ class CacheWriter:
     or not writable.
     """
 
-    def __init__(self, root: Path, source: Source, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(self, root: Path, source: Source) -> None:
         name = _name(source.uri, source.revision)
         self._source, self._root = source, root
         self.folder, self._staging = root / "models" / name, root / "staging" / name
         self._journals = root / "staging" / f"{name}.journal"
-        self.lease = Lease(root / "staging" / f"{name}.lease", stale_seconds)
+        self.lease = Lease(root / "staging" / f"{name}.lease")
         self._files: dict[str, _File] = {}
         self._done: set[tuple[str, int]] = set()  # path and start of each chunk on the disk
         self._verified: set[str] = set()

@@ -146,7 +146,6 @@ def fetch(
     buffers: Sequence[memoryview],
     sink: Callable[[Span, memoryview], None],
     *,
-    on_bytes: Callable[[int], None] = lambda count: None,
     on_retry: Callable[[], None] = lambda: None,
     attempts: int = ATTEMPTS,
 ) -> None:
@@ -173,7 +172,6 @@ def fetch(
                 _read(source, span, view, stop, on_retry, attempts)
                 if not stop.is_set():
                     sink(span, view)
-                    on_bytes(span.length)
         except BaseException as error:
             errors.append(error)
             stop.set()

@@ -1030,6 +1030,19 @@ def test_unload_ends_the_engine_and_load_brings_the_same_pictures(limited: Serve
             assert picture(limited, "sd15")
 
 
+def test_a_load_amid_an_unload_leaves_one_engine(limited: Server) -> None:
+    path = f"/v2/repository/models/{limited.name}"
+    with ThreadPoolExecutor(1) as pool:
+        unloading = pool.submit(limited.json, "POST", f"{path}/unload")
+        while limited.json("GET", f"/v2/models/{limited.name}/ready")[0] == 200:
+            pass
+        limited.json("POST", f"{path}/load")  # 503 where it came before the old engine's end
+        assert unloading.result()[0] == 200
+    limited.json("POST", f"{path}/load")
+    limited.wait_ready()
+    assert picture(limited, "sd15") and len(engines(limited)) == 1
+
+
 def test_unload_does_not_leave_a_client_waiting(limited: Server) -> None:
     """One that runs and one that waits both hear that the model is gone."""
     body = {"instances": [{**GOOD["sd15"], **LONG}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_sizes_are_warmed_up_and_their_cost_is_known(start: Start, tmp_path: Pat
     ("environment", "said"),
     [
         ({"WARMUP_SIZES": "64x64,100x64"}, "WARMUP_SIZES 100x64: width: 100"),
+        ({"WARMUP_SIZES": "128x64", "MAX_PIXELS": "4096"}, "WARMUP_SIZES 128x64: width x height"),
         ({"TOKEN_WEIGHTS": "int8"}, "TOKEN_WEIGHTS=int8: needs GLM-Image's kernels"),
     ],
 )
@@ -65,5 +67,7 @@ def test_what_is_compiled_is_kept_where_it_may_be(start: Start, tmp_path: Path) 
     server.wait_ready()
     environment = engine_of(server).environ()
     assert environment["TRITON_CACHE_DIR"] == "/somewhere/else"
-    assert environment["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/torchinductor"
+    assert (
+        environment["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/diffusion-runtime-{os.getuid()}-compiled/torchinductor"
+    )
     assert server.stop() == 0

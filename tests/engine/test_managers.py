@@ -16,10 +16,10 @@ from runtime.errors import StartupError
 from runtime.optimization_manager import OPTIMIZATIONS, Decision, apply, moves_whole, plan
 
 GIB = 2**30
-H200 = Device("cuda", "NVIDIA H200", 141 * GIB, (9, 0), True)
-T4 = Device("cuda", "Tesla T4", 15 * GIB, (7, 5), False)
-OLD_MAC = Device("mps", "Apple GPU", 16 * GIB, None, False)
-CPU = Device("cpu", "CPU", 16 * GIB, None, True)
+H200 = Device("cuda", "NVIDIA H200", 141 * GIB, True)
+T4 = Device("cuda", "Tesla T4", 15 * GIB, False)
+OLD_MAC = Device("mps", "Apple GPU", 16 * GIB, False)
+CPU = Device("cpu", "CPU", 16 * GIB, True)
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where torch has no CUDA")
 
 # --- the container's limits ---

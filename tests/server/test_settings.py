@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from pydantic import SecretStr, ValidationError
 
 from runtime.errors import StartupError
 from runtime.families.base import Limits
-from runtime.settings import Settings, child_environment, default_text, load
+from runtime.settings import Settings, child_environment, compile_caches, default_text, load
 from runtime.storage.options import StorageOptions
 
 # field -> (how a person writes it, what it becomes); never the default
@@ -123,7 +125,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "token_weights": ("int4",),
     "denoiser_weights": ("int8",),
     "warmup": ("maybe", "2"),
-    "warmup_sizes": ("1024", "64x", "64x64x9", "-64x64"),
+    "warmup_sizes": ("1024", "64x", "64x64x9", "-64x64", "0x64"),
     "max_batch_size": ("0", "auto"),
     "max_batch_wait_ms": ("-1", "50ms", "10001"),
     "max_pixels": ("0", "-1", "1e6", "1024x1024"),
@@ -446,7 +448,34 @@ def test_every_setting_has_one_line_of_documentation() -> None:
         assert info.description.endswith("."), name
 
 
-def test_the_engine_gets_this_environment_and_the_changes() -> None:
-    import os
+@pytest.mark.parametrize("made", ["missing", "own", "everybody's", "a link", "a file", "not to be made"])
+def test_compiled_kernels_are_kept_where_nobody_else_writes(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    cache = tmp_path / "cache"
+    folder = cache / "compiled"
+    if made not in ("missing", "not to be made"):
+        cache.mkdir()
+    if made in ("own", "everybody's"):
+        folder.mkdir()
+        folder.chmod(0o2770 if made == "own" else 0o777)
+    elif made == "a link":
+        folder.symlink_to(tmp_path / "tmp")
+    elif made == "a file":
+        folder.touch()
+    elif made == "not to be made":
+        cache.touch()
+    found = compile_caches(str(cache))
+    home = folder if made in ("missing", "own") else tmp_path / f"tmp/diffusion-runtime-{os.getuid()}-compiled"
+    assert found == {"TRITON_CACHE_DIR": f"{home}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{home}/torchinductor"}
+    assert home.stat().st_mode & 0o007 == 0
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/own")
+    assert list(compile_caches(str(cache))) == ["TORCHINDUCTOR_CACHE_DIR"]
 
+
+def test_the_engine_gets_this_environment_and_the_changes() -> None:
     assert child_environment(OMP_NUM_THREADS="2") == {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -195,8 +195,8 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
             if proxy.replace:
                 old, new = proxy.replace
                 quoted = [urllib.parse.quote(html.unescape(text.decode()), safe="").encode() for text in (old, new)]
-                # Some stores quote keys when they are asked to, some ignore that.
-                body = body.replace(*quoted) if b"<EncodingType>url<" in body else body.replace(old, new)
+                # Some stores quote keys when they are asked to, some only say so.
+                body = body.replace(old, new) if old in body else body.replace(*quoted)
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

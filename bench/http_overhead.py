@@ -2,10 +2,10 @@
 
     python -m bench.http_overhead [--calls 30] [--results bench/results/http_overhead.json]
 
-A tiny sd15 draws 1024 x 1024 pictures of noise, which PNG cannot shrink (3.1 MB): no real picture is larger. One call
-at a time, on a connection of its own, over v1 (JSON, base64), v2 (binary), OpenAI's route and gRPC. The server's log
-says for each how long the engine drew and how long it encoded. Then Pillow's levels of compression, on that picture and
-on a smooth one with a little grain.
+A tiny sd15 draws 1024 x 1024 pictures of coloured noise, PNGs of 2.6 MB (the largest possible has 3.1). One call at a
+time, on a connection of its own, over v1 (JSON, base64), v2 (binary), OpenAI's route and gRPC. The server's log says
+for each how long the engine drew and how long it encoded. Then Pillow's levels of compression, on noise and on a smooth
+picture with a little grain.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def bars(told: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds by stage for each way to draw the same picture."""
     stock = told["full"]["stock"]
     found = {
-        "stock diffusers": {**stock, "denoise": stock["total_s"] - stock["tokens"]},
+        "stock diffusers": {**stock, "denoise": stock["total_s"] - stock["tokens"]},  # and decode, 0.2 s
         "here, bfloat16": told["full"]["engine"][-1],
     }
     for weights, lossy in told["eight_bit"].items():

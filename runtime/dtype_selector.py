@@ -17,6 +17,7 @@ from runtime.errors import StartupError, shown
 logger = logging.getLogger("diffusion_runtime.dtype")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What safetensors calls them.
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Decoded in float32 by the stock examples, whatever the rest runs in.
 FLOAT32_CLASSES = frozenset({"AutoencoderKLWan"})

@@ -79,8 +79,10 @@ def load_remote(
     options: StorageOptions,
     on_progress: OnProgress,
     load: Callable[[Path, Stream | None], Loaded],
+    filled: Path | None = None,
 ) -> Loaded:
-    """What `load(folder, stream)` gives: with a stream the folder is a skeleton, without one a copy in the cache.
+    """What `load(folder, stream)` gives: with a stream the folder is a skeleton, without one a copy in the cache,
+    `filled` where there is one already.
 
     LOAD_MODE=cached, a copy that is there and another process that is filling one lead to the cache; so does a
     pipeline that cannot be streamed, with a line in the log. Raises StartupError, and what `load` raises.
@@ -97,7 +99,7 @@ def load_remote(
                     return load(folder, Stream(source, folder, options.threads, on_progress, writer))
         except CannotStreamError as why:
             log(logging.WARNING, f"{source.uri} is loaded by way of the cache", reason=str(why))
-    folder = cached(source, options, on_progress)
+    folder = filled or cached(source, options, on_progress)
     with _named(folder, source.uri):
         return load(folder, None)
 

@@ -102,7 +102,6 @@ class Engine:
 
     def _load(self) -> None:
         configuration = self._configuration
-        from runtime.storage.cache import cached
         from runtime.storage.registry import open_source
 
         model = open_source(configuration.source, configuration.storage)
@@ -111,6 +110,8 @@ class Engine:
         if not isinstance(model, Path):
             model.files()
             if configuration.storage.load_mode == "cached":
+                from runtime.storage.cache import cached
+
                 filling = _in_background(partial(cached, model, configuration.storage, self._downloaded))
         elif not (model / "model_index.json").is_file():
             raise StartupError(f"{model} holds no pipeline: it has no model_index.json")
@@ -136,12 +137,10 @@ class Engine:
             return
         for last in (False, True):
             source = cast("Source", model)
+            set_up = partial(self._set_up, source.uri, source.revision)
             try:
-                if filling is not None and not last:
-                    filling.result()
-                load_remote(
-                    source, configuration.storage, self._downloaded, partial(self._set_up, source.uri, source.revision)
-                )
+                filled = filling.result() if filling is not None and not last else None
+                load_remote(source, configuration.storage, self._downloaded, set_up, filled)
             except Changed as changed:
                 if last:
                     raise

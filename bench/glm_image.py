@@ -1,12 +1,13 @@
 """GLM-Image on one GPU: stock diffusers against this engine, on the same full-size random weights.
 
-    python -m bench.glm_image [--results bench/results/glm_image.json] [--parts startup,rates,full,deviation,eight_bit]
+    python -m bench.glm_image [--results bench/results/glm_image.json] [--parts startup,rates,eight,…]
 
 Arms take turns in one process over one set of weights; outputs are compared before a ratio is printed. Rates are taken
-at four sizes for text to image and editing (64 tokens, 3 forwards of each kind, 1 decode); totals computed from
-them are held against full runs at 1024 x 1024 and 50 steps. Both arms sample ids of the code book alone: with random
-weights stock would end early or leave it. Ceilings are measured in a burst
-and over two seconds, before and after: a matrix product that lasts runs into the card's power limit.
+at four sizes for text to image and editing (64 tokens, 3 forwards of each kind, 1 decode), and for eight requests at
+1024 x 1024; totals computed from them are held against full runs at 1024 x 1024 and 50 steps. Both arms sample ids of
+the code book alone: with random weights stock would end early or leave it. 8-bit weights take the originals' place:
+they have a pipeline of their own, the same weights again, and are held against what stock gave before. Ceilings are
+measured in a burst and over two seconds, before and after: long matrix products run into the card's power limit.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from bench.full_size import BOOK, VISION_VOCAB, build
 from runtime.engine.context import Context
 from runtime.engine.running import clean, cpu_generator, isolated_random_state
 from runtime.families.glm_image.pipeline import Runner
-from runtime.families.glm_image.tokens import TokenStage
+from runtime.families.glm_image.tokens import TokenStage, Wanted
 from runtime.types import PLAIN, Acceleration, GenerationRequest
 
 DEVICE = torch.device("cuda")
 STEPS = 50
 SIZES = ((512, 512), (1024, 1024), (1024, 1536), (2048, 2048))
 PROMPT = 'a red fox under a sign that says "OPEN", in the rain, at night, neon lights, a street of a big city'
-PARTS = ("startup", "rates", "full", "deviation", "eight_bit")
+PARTS = ("startup", "rates", "eight", "full", "deviation", "eight_bit")
+ROWS = 8
 REQUEST = GenerationRequest(
     prompt=PROMPT,
     width=1024,
@@ -106,7 +108,7 @@ def ceilings() -> dict[str, float]:
 class Arms:
     """One pipeline, by stock's forward and loop or by the engine's."""
 
-    def __init__(self) -> None:
+    def __init__(self, acceleration: Acceleration = PLAIN) -> None:
         self.pipeline = build("glm-image", "cuda")
         self.pipeline.set_progress_bar_config(disable=True)
         for part in self.pipeline.components.values():
@@ -114,7 +116,7 @@ class Arms:
                 part.eval()
         encoder, self.transformer = self.pipeline.vision_language_encoder, self.pipeline.transformer
         encoder.generation_config.suppress_tokens = list(range(BOOK, VISION_VOCAB))
-        self.take()
+        self.take(acceleration)
         self.stock_tokens = TokenStage(encoder, BOOK, None)  # stock's sampling with a request's own noise
 
     def take(self, acceleration: Acceleration = PLAIN) -> None:
@@ -150,6 +152,10 @@ class Arms:
                 return self.runner.run(request, seed, context), context.timings
         finally:
             clean(self.pipeline)
+
+
+def wanted(inputs: Any, count: int, seed: int = 1) -> Wanted:
+    return Wanted(dict(inputs), count, cpu_generator(seed))
 
 
 def source_picture() -> Image.Image:
@@ -202,7 +208,7 @@ def token_rates(arms: Arms, width: int, height: int, source: Any, depths: int) -
         arms.stock_tokens.forget()
 
     def engine(given: Any, count: int) -> None:
-        arms.runner._tokens.generate(given, count, cpu_generator(1), context)
+        arms.runner._tokens.generate([wanted(given, count)], context)
         arms.runner._tokens.forget()
 
     found: dict[str, Any] = {"tokens": tokens}
@@ -235,19 +241,17 @@ def forward_arguments(arms: Arms, width: int, height: int) -> dict[str, Any]:
     }
 
 
+def forward_kinds(arms: Arms, width: int, height: int) -> list[dict[str, Any]]:
+    """Arguments of a conditional and an unconditional forward."""
+    given = forward_arguments(arms, width, height)
+    text, drop = given["encoder_hidden_states"][:, :2].contiguous(), ~given["prior_token_drop"]
+    return [given, {**given, "encoder_hidden_states": text, "prior_token_drop": drop}]
+
+
 @torch.no_grad()
 def forward_rates(arms: Arms, width: int, height: int, edit: bool) -> dict[str, Any]:
     """Milliseconds of a forward, the mean of a conditional and an unconditional one; and how far apart arms are."""
-    transformer = arms.transformer
-    given = forward_arguments(arms, width, height)
-    kinds: list[dict[str, Any]] = [
-        given,
-        {
-            **given,
-            "encoder_hidden_states": given["encoder_hidden_states"][:, :2].contiguous(),
-            "prior_token_drop": ~given["prior_token_drop"],
-        },
-    ]
+    transformer, kinds = arms.transformer, forward_kinds(arms, width, height)
 
     def prepared() -> None:
         if edit:
@@ -260,7 +264,7 @@ def forward_rates(arms: Arms, width: int, height: int, edit: bool) -> dict[str, 
             kinds[0]["kv_caches"] = caches
 
     def step() -> list[torch.Tensor]:
-        timestep = given["timestep"].clone()  # a pipeline's step has one of its own
+        timestep = kinds[0]["timestep"].clone()  # a pipeline's step has one of its own
         return [transformer(**{**kind, "timestep": timestep})[0] for kind in kinds]
 
     outputs: dict[str, list[torch.Tensor]] = {}
@@ -329,17 +333,51 @@ def rates(arms: Arms) -> list[Rate]:
 
 
 @torch.no_grad()
-def eight(arms: Arms) -> dict[str, float]:
-    """Eight prompts at 1024 x 1024 at once through stock's token stage; this engine takes them one by one."""
-    inputs = arms.inputs(1024, 1024, None, 8)
+def eight(arms: Arms) -> dict[str, Any]:
+    """Eight requests at 1024 x 1024: milliseconds of a token and picture, and the engine's full run of them."""
+    inputs, together = arms.inputs(1024, 1024, None), arms.inputs(1024, 1024, None, ROWS)
+    context = Context(DEVICE, lambda: False, lambda _: None)
 
-    def run(count: int) -> None:
-        arms.pipeline.vision_language_encoder.generate(**inputs, max_new_tokens=count, do_sample=True)
+    def stock(count: int) -> None:
+        arms.pipeline.vision_language_encoder.generate(**together, max_new_tokens=count, do_sample=True)
         arms.stock_tokens.forget()
 
-    run(2)
-    first = seconds(lambda: run(1))
-    return {"stock_ms_a_token_and_picture": (seconds(lambda: run(17)) - first) / 16 / 8 * 1e3}
+    def engine(given: Any, used: int, count: int) -> list[torch.Tensor]:
+        try:
+            return arms.runner._tokens.generate([wanted(given, count, seed) for seed in range(used)], context)
+        finally:
+            arms.runner._tokens.forget()
+
+    stock(2)
+    first = seconds(lambda: stock(1))
+    found: dict[str, Any] = {"stock_ms_a_token_and_picture": (seconds(lambda: stock(17)) - first) / 16 / ROWS * 1e3}
+    arms.take(Acceleration(rows=ROWS))
+    for used in (ROWS, 1):
+        rates = {}
+        for more in (0, 640, 1280):
+            given = lengthened(inputs, more)
+            engine(given, used, 2)
+            first = seconds(lambda given=given, used=used: engine(given, used, 1))
+            taken = seconds(lambda given=given, used=used: engine(given, used, 65)) - first
+            rates[str(given["input_ids"].shape[1])] = taken / 64 / used * 1e3
+        found["engine_ms_a_token_and_picture" if used > 1 else "engine_ms_a_token_alone"] = rates
+    found["variant"] = arms.runner.variant
+    found["alone_as_in_company"] = torch.equal(engine(inputs, 1, 256)[0], engine(inputs, ROWS, 256)[0])
+    print(found, flush=True)
+    rows = [Context(DEVICE, lambda: False, lambda _: None) for _ in range(ROWS)]
+    torch.cuda.reset_peak_memory_stats()
+    begun, found["there_after_s"] = time.perf_counter(), []
+    batch = arms.runner.run_batch(
+        [(REQUEST, seed) for seed in range(ROWS)], Context(DEVICE, lambda: False, lambda _: None, rows)
+    )
+    for _ in batch:
+        found["there_after_s"].append(time.perf_counter() - begun)
+    found["seconds_a_picture"] = found["there_after_s"][-1] / ROWS
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    clean(arms.pipeline)
+    arms.take()
+    print(f"eight: {found['seconds_a_picture']:.2f} s a picture, there after {found['there_after_s']}", flush=True)
+    return found
 
 
 # --- full runs
@@ -388,70 +426,90 @@ def full(arms: Arms) -> dict[str, Any]:
 # --- deviation
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What stock gives: two forwards' outputs, latents by steps, the picture of each, and 256 tokens."""
+
+    forwards: list[torch.Tensor]
+    latents: dict[int, torch.Tensor]
+    tokens: torch.Tensor
+
+
+def latents(arms: Arms, steps: int) -> torch.Tensor:
+    ids = torch.randint(0, BOOK, (1, 64 * 64), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    found: torch.Tensor = arms.pipeline(
+        PROMPT,
+        height=1024,
+        width=1024,
+        num_inference_steps=steps,
+        guidance_scale=1.5,
+        prior_token_ids=ids,
+        generator=torch.Generator("cpu").manual_seed(1),
+        output_type="latent",
+    ).images
+    return found
+
+
 @torch.no_grad()
-def deviation(arms: Arms) -> dict[str, Any]:
+def forwards(arms: Arms) -> list[torch.Tensor]:
+    return [arms.transformer(**kind)[0] for kind in forward_kinds(arms, 1024, 1024)]
+
+
+@torch.no_grad()
+def stock_outputs(arms: Arms) -> Stock:
+    context = Context(DEVICE, lambda: False, lambda _: None)
+    with arms.stock():
+        drawn = {steps: latents(arms, steps) for steps in (1, 10, STEPS)}
+        made = forwards(arms)
+    tokens = arms.stock_tokens.generate([wanted(arms.inputs(1024, 1024, None), 256)], context)[0]
+    arms.stock_tokens.forget()
+    return Stock(made, drawn, tokens)
+
+
+@torch.no_grad()
+def deviation(arms: Arms, stock: Stock) -> dict[str, Any]:
     """The same tokens and noise through both DiTs; the same noise through both token stages, each engine token after
     the ids that stock drew."""
-    pipeline, found = arms.pipeline, {"denoise": []}
-    ids = torch.randint(0, BOOK, (1, 64 * 64), generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    for steps in (1, 10, STEPS):
-
-        def latents(steps: int = steps) -> torch.Tensor:
-            return pipeline(
-                PROMPT,
-                height=1024,
-                width=1024,
-                num_inference_steps=steps,
-                guidance_scale=1.5,
-                prior_token_ids=ids,
-                generator=torch.Generator("cpu").manual_seed(1),
-                output_type="latent",
-            ).images
-
-        mine = latents()
+    pipeline = arms.pipeline
+    errors = [relative(*pair) for pair in zip(forwards(arms), stock.forwards, strict=True)]
+    found: dict[str, Any] = {"forward_error": max(errors), "denoise": []}
+    for steps, expected in stock.latents.items():
+        mine = latents(arms, steps)
         arms.runner._denoiser.forget() if arms.runner._denoiser else None
-        with arms.stock():
-            stock = latents()
         pictures = [
             np.asarray(pipeline.image_processor.postprocess(pipeline.vae.decode(given, return_dict=False)[0])[0])
-            for given in (mine.to(pipeline.vae.dtype), stock.to(pipeline.vae.dtype))
+            for given in (mine.to(pipeline.vae.dtype), expected.to(pipeline.vae.dtype))
         ]
         square = float(np.mean((pictures[0].astype(float) - pictures[1].astype(float)) ** 2))
-        row = {
-            "steps": steps,
-            "latents_error": relative(mine, stock),
-            "psnr_db": 10 * math.log10(255**2 / square) if square else math.inf,
-        }
-        found["denoise"].append(row)
-        print(row, flush=True)
-    found["tokens"] = token_agreement(arms, 256)
+        psnr = 10 * math.log10(255**2 / square) if square else math.inf
+        found["denoise"].append({"steps": steps, "latents_error": relative(mine, expected), "psnr_db": psnr})
+        print(found["denoise"][-1], flush=True)
+    found["tokens"] = token_agreement(arms, stock.tokens)
     print(found["tokens"], flush=True)
     return found
 
 
 @torch.no_grad()
-def token_agreement(arms: Arms, count: int) -> dict[str, Any]:
+def token_agreement(arms: Arms, stock: torch.Tensor) -> dict[str, Any]:
     context = Context(DEVICE, lambda: False, lambda _: None)
-    inputs = arms.inputs(1024, 1024, None)
-    decoder = arms.runner._tokens.decoder
+    inputs, stage = arms.inputs(1024, 1024, None), arms.runner._tokens
+    decoder = stage.decoder
     assert decoder is not None
-    stock = arms.stock_tokens.generate(inputs, count, cpu_generator(1), context)[0]
-    arms.stock_tokens.forget()
-    alone = arms.runner._tokens.generate(inputs, count, cpu_generator(1), context)[0]
-    arms.runner._tokens.forget()
+    alone = stage.generate([wanted(inputs, len(stock))], context)[0]
+    stage.forget()
     step, forced = decoder._step, []
 
     def corrected() -> None:
         assert decoder._room is not None
         index = len(forced)
-        decoder._room.ids[index] = stock[index]
+        decoder._room.ids[0, index] = stock[index]
         step()
-        forced.append(decoder._room.ids[index + 1].clone())
+        forced.append(decoder._room.ids[0, index + 1].clone())
 
     decoder._step = corrected  # type: ignore[method-assign]
-    arms.runner._tokens.generate(inputs, count, cpu_generator(1), context)
+    stage.generate([wanted(inputs, len(stock))], context)
     del decoder._step
-    arms.runner._tokens.forget()
+    stage.forget()
     agree = torch.stack(forced) == stock[1:]
     same = alone == stock
     return {
@@ -461,21 +519,20 @@ def token_agreement(arms: Arms, count: int) -> dict[str, Any]:
     }
 
 
-def eight_bit(arms: Arms) -> dict[str, Any]:
-    """The lossy options: full runs, and how far they are from stock."""
-    found: dict[str, Any] = {}
-    for weights in ("int8", "float8"):
-        arms.take(Acceleration(token_weights=weights, denoiser_weights="float8"))
-        arms.draw(replace(REQUEST, num_inference_steps=1))
-        torch.cuda.reset_peak_memory_stats()
-        total = seconds(lambda: found.update(timings=arms.draw(REQUEST)[1]))
-        timings, peak = found.pop("timings"), torch.cuda.max_memory_allocated() / 2**30
-        found[weights] = {"variant": arms.runner.variant, "total_s": total, **timings, "peak_gib": peak}
-        found[weights]["forward_ms"] = forward_rates(arms, 1024, 1024, False)
-        print(weights, found[weights], flush=True)
-        found[weights]["deviation"] = deviation(arms) if weights == "int8" else {"tokens": token_agreement(arms, 256)}
-        print(found[weights]["deviation"], flush=True)
-    return found
+@torch.no_grad()
+def eight_bit(weights: str, stock: Stock) -> dict[str, Any]:
+    """The lossy options: a full run, and how far it is from stock."""
+    arms = Arms(Acceleration(token_weights=weights, denoiser_weights="float8"))
+    torch.cuda.empty_cache()
+    arms.draw(replace(REQUEST, num_inference_steps=1))
+    torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    _, timings = arms.draw(REQUEST)
+    found: dict[str, Any] = {"variant": arms.runner.variant, "total_s": time.perf_counter() - begun, **timings}
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    found["forward_ms"] = median(lambda: forwards(arms), 5) / 2 * 1e3
+    print(weights, found, flush=True)
+    return {**found, "deviation": deviation(arms, stock)}
 
 
 # --- start-up
@@ -550,14 +607,16 @@ def main() -> None:
     if "rates" in parts:
         rows = rates(arms)
         keep("rates", [asdict(row) for row in rows])
-        keep("eight", eight(arms))
-        print(results["eight"], flush=True)
     if "full" in parts:
         keep("full", full(arms))
-    if "deviation" in parts:
-        keep("deviation", deviation(arms))
+    if "eight" in parts:
+        keep("eight", eight(arms))
+    if {"deviation", "eight_bit"} & set(parts):
+        stock = stock_outputs(arms)
+        keep("deviation", deviation(arms, stock))
     if "eight_bit" in parts:
-        keep("eight_bit", eight_bit(arms))
+        del arms
+        keep("eight_bit", {weights: eight_bit(weights, stock) for weights in ("int8", "float8")})
     keep("ceilings_after", ceilings())
     print(results["ceilings_after"], flush=True)
     if "rates" in results and "full" in results:

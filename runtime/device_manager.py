@@ -44,11 +44,14 @@ def detect_device(setting: str = "auto") -> Device:
     return device
 
 
-def free_memory(device: Device) -> int | None:
-    """Bytes free on a CUDA device, other processes' use taken off; None for devices that share the host's memory."""
+def free_memory(device: Device | torch.device) -> int | None:
+    """Bytes free on a CUDA device, other processes' use taken off, within what this process's allocator may take; None
+    for devices that share the host's memory."""
     if device.type != "cuda":
         return None
-    return torch.cuda.mem_get_info()[0]
+    free, total = torch.cuda.mem_get_info()
+    limit = int(total * torch.cuda.get_per_process_memory_fraction())
+    return max(0, min(free, limit - torch.cuda.memory_reserved()))
 
 
 def _cuda() -> Device | None:

@@ -14,6 +14,7 @@ import torch
 
 from runtime.device_manager import Device
 from runtime.errors import StartupError, shown
+from runtime.types import Acceleration
 
 logger = logging.getLogger("diffusion_runtime.optimization")
 
@@ -28,6 +29,16 @@ class Decision:
 
     on: bool
     why: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a family's own planner chose: whether its models take turns on the device, the numbers that their weights
+    are, and whether weights may go to the device as they come."""
+
+    offload: Decision
+    acceleration: Acceleration
+    directly: bool
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,13 @@ def plan(
     free_bytes: int | None,
     host_limit: int,
     largest_bytes: int | None = None,
+    placement: Placement | None = None,
 ) -> dict[str, Decision]:
     """Decides every optimization before anything is loaded; a setting left out is auto.
 
     `model_bytes` and `largest_bytes` are the sizes of the whole model and of its largest component in the dtypes they
-    will be loaded in, `free_bytes` is what the device has free, `host_limit` what this process may use of the host.
+    will be loaded in, `free_bytes` is what the device has free, `host_limit` what this process may use of the host. A
+    `placement` decides about offload in the place of what holds for all pipelines.
 
     Raises StartupError for unknown names and values, for two kinds of offload at once, and when neither the device
     nor the host can hold the model.
@@ -79,7 +92,10 @@ def plan(
     for name, optimization in OPTIMIZATIONS.items():
         setting = settings.get(name, "auto")
         if setting == "auto":
-            chosen = optimization.decide(situation)
+            if placement is not None and name in OFFLOADS:
+                chosen = _placed(placement, name)
+            else:
+                chosen = optimization.decide(situation)
             decisions[name] = Decision(chosen.on, f"auto, {chosen.why}")
         else:
             decisions[name] = Decision(setting == "true", f"set to {setting}")
@@ -91,8 +107,18 @@ def moves_whole(device: Device, decisions: Mapping[str, Decision]) -> bool:
     return device.type != "cuda" or not any(decisions[name].on for name in OFFLOADS)
 
 
-def apply(pipeline: Any, device: Device, decisions: Mapping[str, Decision]) -> dict[str, str]:
-    """Applies `decisions` and puts the pipeline on its device: whole, unless an offload moves it in parts.
+def _placed(placement: Placement, name: str) -> Decision:
+    return placement.offload if name == "cpu_offload" else Decision(False, "this family's models take turns instead")
+
+
+def apply(
+    pipeline: Any,
+    device: Device,
+    decisions: Mapping[str, Decision],
+    place: Callable[[Any, torch.device], None] | None = None,
+) -> dict[str, str]:
+    """Applies `decisions` and puts the pipeline on its device: whole, unless an offload moves it in parts. A family's
+    own `place` does either.
 
     Returns, for the model's metadata, each name with "on: why", "off: why" or "not_applicable: why", and logs them.
     Raises StartupError when one that applies fails, or when the device cannot hold the model.
@@ -106,12 +132,16 @@ def apply(pipeline: Any, device: Device, decisions: Mapping[str, Decision]) -> d
         elif obstacle:
             report[name] = f"not_applicable: {obstacle}"
         else:
-            _attempt(f"ENABLE_{name.upper()}", OPTIMIZATIONS[name].apply, pipeline, device)
+            if place is None or name not in OFFLOADS:
+                _attempt(f"ENABLE_{name.upper()}", OPTIMIZATIONS[name].apply, pipeline, device)
             report[name] = f"on: {decision.why}"
             whole = whole and name not in OFFLOADS
         logger.log(logging.WARNING if obstacle else logging.INFO, "%s %s", name, report[name])
-    if whole:
-        _attempt(f"moving the model to {device.name}", lambda p, d: p.to(d.torch), pipeline, device)
+    moved = f"moving the model to {device.name}"
+    if place is not None:
+        _attempt(moved, lambda p, d: place(p, d.torch), pipeline, device)
+    elif whole:
+        _attempt(moved, lambda p, d: p.to(d.torch), pipeline, device)
     return report
 
 
@@ -164,7 +194,7 @@ def _on_vae(attribute: str, method: str) -> Callable[[Any, Device], None]:
 # --- offload ---
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
@@ -172,15 +202,15 @@ def _needs_offload(s: Situation) -> Decision:
     """Whether the model must be offloaded in some way. Raises StartupError when that cannot help either."""
     if s.device.type != "cuda" or s.free_bytes is None:
         return Decision(False, f"{s.device.type} has no memory apart from the host's")
-    need = f"{_gib(s.model_bytes)} of weights and a working set of {_gib(WORKING_SET_BYTES)}"
+    need = f"{gib(s.model_bytes)} of weights and a working set of {gib(WORKING_SET_BYTES)}"
     if s.model_bytes * WEIGHTS_MARGIN + WORKING_SET_BYTES <= s.free_bytes:
-        return Decision(False, f"{need} fit in {_gib(s.free_bytes)} free")
+        return Decision(False, f"{need} fit in {gib(s.free_bytes)} free")
     if s.model_bytes <= s.host_limit:
-        return Decision(True, f"{need} do not fit in {_gib(s.free_bytes)} free")
-    host = f"the host's limit of {_gib(s.host_limit)} cannot hold the weights"
+        return Decision(True, f"{need} do not fit in {gib(s.free_bytes)} free")
+    host = f"the host's limit of {gib(s.host_limit)} cannot hold the weights"
     if s.model_bytes > s.free_bytes:
-        raise StartupError(f"{need} do not fit in {_gib(s.free_bytes)} free on {s.device.name}, and {host}")
-    return Decision(False, f"{need} are tight in {_gib(s.free_bytes)} free, but {host}")
+        raise StartupError(f"{need} do not fit in {gib(s.free_bytes)} free on {s.device.name}, and {host}")
+    return Decision(False, f"{need} are tight in {gib(s.free_bytes)} free, but {host}")
 
 
 def _too_large_alone(s: Situation) -> bool:
@@ -193,7 +223,7 @@ def _decide_cpu_offload(s: Situation) -> Decision:
         return Decision(False, "sequential_cpu_offload is on")
     needed = _needs_offload(s)
     if needed.on and _too_large_alone(s) and sequential == "auto":
-        return Decision(False, f"the largest component of {_gib(s.largest_bytes)} does not fit on its own either")
+        return Decision(False, f"the largest component of {gib(s.largest_bytes)} does not fit on its own either")
     return needed
 
 
@@ -204,7 +234,7 @@ def _decide_sequential(s: Situation) -> Decision:
     if not needed.on:
         return needed
     if _too_large_alone(s):
-        return Decision(True, f"{needed.why}, nor does the largest component of {_gib(s.largest_bytes)}")
+        return Decision(True, f"{needed.why}, nor does the largest component of {gib(s.largest_bytes)}")
     return Decision(False, "each component fits on its own, so cpu_offload is enough")
 
 

@@ -6,7 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from runtime.checkpoint import Tensor, read_json, read_tensors, revision, weight
 from runtime.device_manager import Device, detect_device, free_memory
 from runtime.dtype_selector import DtypePlan, dtype_name, select_dtypes
 from runtime.errors import StartupError, shown
+from runtime.families import registry
 from runtime.streaming import CannotStreamError, Stream, load_whole
+from runtime.types import PLAIN, Acceleration
 
 logger = logging.getLogger("diffusion_runtime.loader")
 
@@ -32,12 +35,14 @@ transformers: Any = transformers_library
 @dataclass(frozen=True)
 class LoadedPipeline:
     """A pipeline on its device. `dtypes` holds what most of each component's weights are in, `optimizations` what
-    came of each, `model_bytes` the size of all weights as loaded, `revision` a name for the model folder's content."""
+    came of each, `acceleration` what was asked for with each `auto` of weights decided, `model_bytes` the size of all
+    weights as loaded, `revision` a name for the model folder's content."""
 
     pipeline: Any
     device: Device
     dtypes: Mapping[str, str]
     optimizations: Mapping[str, str]
+    acceleration: Acceleration
     model_bytes: int
     revision: str
 
@@ -71,11 +76,13 @@ def load_pipeline(
     optimizations: Mapping[str, str],
     on_stage: Callable[[str, float], None],
     stream: Stream | None = None,
+    acceleration: Acceleration = PLAIN,
 ) -> LoadedPipeline:
     """Loads the pipeline in `folder` onto its device, once everything that can be checked without loading is right.
 
-    `optimizations` maps names without ENABLE_ to auto, true or false. `on_stage("loading", fraction)` is called at the
-    start, after each component (weighted by its bytes) and at the end, which alone is 1.0.
+    `optimizations` maps names without ENABLE_ to auto, true or false. `acceleration` matters to a family whose pipeline
+    half has `plan_memory` and `place_weights`: they decide where its weights lie. `on_stage("loading", fraction)` is
+    called at the start, after each component (weighted by its bytes) and at the end, which alone is 1.0.
 
     Weights are mapped from their files. Without offload each component goes to the device as it comes, so that the
     host never holds the whole model. Only safetensors are read, nothing is downloaded, no code of the model is run.
@@ -94,26 +101,34 @@ def load_pipeline(
     dtypes = select_dtypes(dtype_setting, device, folder, classes)
     sizes = {name: _loaded_bytes(tensors, dtypes.of(name)) for name, tensors in stored.items()}
     free, limit = free_memory(device), host_memory_limit()
+    half = registry.pipeline_half(registry.family_of(index["_class_name"]))
+    placement: optimization_manager.Placement | None = None
+    if hasattr(half, "plan_memory"):
+        placement = half.plan_memory(folder, sizes, dtypes, device, acceleration, optimizations, free, limit)
     decisions = optimization_manager.plan(
-        optimizations, device, sum(sizes.values()), free, limit, max(sizes.values(), default=0)
+        optimizations, device, sum(sizes.values()), free, limit, max(sizes.values(), default=0), placement
     )
+    whole = optimization_manager.moves_whole(device, decisions) and (placement is None or placement.directly)
+    low_cpu_mem = decisions["low_cpu_mem"].on
+    directly = low_cpu_mem and whole
     logger.info("loading %s from %s onto %s", index["_class_name"], stream.uri if stream else folder, device.name)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     models: dict[str, torch.nn.Module] = {}
     if stream is not None:
-        if not decisions["low_cpu_mem"].on:
+        if not low_cpu_mem:
             raise CannotStreamError("ENABLE_LOW_CPU_MEM is false")
-        whole = optimization_manager.moves_whole(device, decisions)
         if stream.local and not whole:
-            raise CannotStreamError("with offload, weights on the host stay mapped from their files")
+            raise CannotStreamError("weights that do not go to the device as they come are mapped from their files")
         target = device.torch if whole else torch.device("cpu")
         models = stream.components(component_entries(index), target, dtypes.of)
     with _component_progress(sizes, on_stage) as loaded_one:
         if stream is None:
-            models = _transformers_models(folder, component_entries(index), device, dtypes, decisions, loaded_one)
-        pipeline = _from_pretrained(folder, index["_class_name"], device, dtypes, decisions, models)
-    report = optimization_manager.apply(pipeline, device, decisions)
+            models = _transformers_models(folder, component_entries(index), device, dtypes, directly, loaded_one)
+        pipeline = _from_pretrained(folder, index["_class_name"], device, dtypes, low_cpu_mem, directly, models)
+    place = None if placement is None else partial(half.place_weights, chosen=placement)
+    report = optimization_manager.apply(pipeline, device, decisions, place)
+    report |= _lossy(acceleration, placement)
     pipeline.set_progress_bar_config(disable=True)
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     loaded = LoadedPipeline(
@@ -121,6 +136,7 @@ def load_pipeline(
         device=device,
         dtypes={name: _main_dtype(module, dtypes.of(name)) for name, module in modules.items()},
         optimizations=report,
+        acceleration=placement.acceleration if placement is not None else _plain(acceleration),
         model_bytes=sum(weight.nbytes for module in modules.values() for weight in _weights(module)),
         revision=told,
     )
@@ -134,11 +150,10 @@ def _transformers_models(
     entries: Mapping[str, list[Any]],
     device: Device,
     dtypes: DtypePlan,
-    decisions: Mapping[str, optimization_manager.Decision],
+    directly: bool,
     on_loaded: Callable[[str], None],
 ) -> dict[str, torch.nn.Module]:
     """The models of transformers, loaded as diffusers would, and refused where the checkpoint lacks weights."""
-    directly = decisions["low_cpu_mem"].on and optimization_manager.moves_whole(device, decisions)
     models = {}
     for name, (library, class_name) in entries.items():
         cls = getattr(transformers, class_name, None) if library == "transformers" else None
@@ -161,11 +176,10 @@ def _from_pretrained(
     class_name: str,
     device: Device,
     dtypes: DtypePlan,
-    decisions: Mapping[str, optimization_manager.Decision],
+    low_cpu_mem: bool,
+    directly: bool,
     models: Mapping[str, torch.nn.Module],
 ) -> Any:
-    low_cpu_mem = decisions["low_cpu_mem"].on
-    directly = low_cpu_mem and optimization_manager.moves_whole(device, decisions)
     try:
         # Not DiffusionPipeline's own: that one reads a passed component which is optional from the folder again.
         return getattr(diffusers, class_name).from_pretrained(
@@ -180,6 +194,25 @@ def _from_pretrained(
     except Exception as exc:
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise StartupError(f"{folder}: {class_name} cannot be loaded: {lines[0]}") from exc
+
+
+# --- 8-bit weights that nobody asked for ---
+
+
+def _lossy(asked: Acceleration, placement: optimization_manager.Placement | None) -> dict[str, str]:
+    """For the metadata: what `auto` made 8-bit."""
+    names = ("token_weights", "denoiser_weights") if placement is not None else ()
+    return {
+        name: f"on: auto, {getattr(placement.acceleration, name)}, {placement.offload.why}"
+        for name in names
+        if placement is not None and getattr(asked, name) == "auto" != getattr(placement.acceleration, name) != "plain"
+    }
+
+
+def _plain(asked: Acceleration) -> Acceleration:
+    """`auto` is plain where nothing else was chosen."""
+    tokens, denoiser = ("plain" if kind == "auto" else kind for kind in (asked.token_weights, asked.denoiser_weights))
+    return replace(asked, token_weights=tokens, denoiser_weights=denoiser)
 
 
 # --- what model_index.json may say ---

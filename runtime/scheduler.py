@@ -48,6 +48,7 @@ class Job:
     expired: bool = False
     ticket: Ticket | None = field(default=None, repr=False)
     progress: Progress | None = None
+    steps: dict[str, int] = field(default_factory=dict)  # by stage, through all of its pictures
     fraction: float = 0.0  # from 0 to 1, never back but when it is run once more
     advanced: float = 0.0  # when it last went on
     logged: float = 0.0
@@ -269,8 +270,9 @@ class Scheduler:
 
     def _on_progress(self, job: Job) -> Any:
         def advanced(progress: Progress) -> None:
-            before = job.progress.step if job.progress and job.progress.stage == progress.stage else 0
+            before = job.steps.get(progress.stage, 0)
             job.progress, job.advanced = progress, (now := time.monotonic())
+            job.steps[progress.stage] = progress.step
             job.fraction = max(job.fraction, self._fraction(job.request, progress))
             self.on_advance(progress.stage, max(0, progress.step - before))
             if now - max(job.logged, job.started or now) > LOG_PROGRESS_SECONDS:
@@ -297,7 +299,7 @@ class Scheduler:
             if job.attempts < MAX_ATTEMPTS and self._engine.state != UNLOADED and not job.result.done():
                 log(logging.WARNING, "the engine ended under a request; it runs once more", **_ids(job))
                 job.ticket = job.started = job.progress = None
-                job.fraction = 0.0
+                job.steps, job.fraction = {}, 0.0
                 self._waiting = deque(sorted([*self._waiting, job], key=lambda waiting: waiting.number))
                 self._wake.set()
             elif not job.result.done():
@@ -309,8 +311,7 @@ class Scheduler:
             if not job.result.done():
                 job.result.set_exception(error)
         else:
-            share = job.request.n / max(job.request.n, result.batched)
-            self.costs.learn(job.request, {stage: seconds * share for stage, seconds in result.timings.items()})
+            self.costs.learn(job.request, result.costs)
             if self._largest is None or area(job.request) > area(self._largest):
                 self._largest = job.request
             if not job.result.done():

@@ -140,11 +140,12 @@ class Settings(BaseModel):
             description="Kernel of the denoiser's attention; auto is GLM-Image's fastest, else diffusers' own.",
         )
     )
-    token_weights: Annotated[Literal["plain", "int8", "float8"], BeforeValidator(_lower)] = Field(
-        "plain", description="Numbers that GLM-Image's token stage keeps its weights in; 8 bits change the picture."
+    token_weights: Annotated[Literal["auto", "plain", "int8", "float8"], BeforeValidator(_lower)] = Field(
+        "auto",
+        description="Numbers of GLM-Image's token model; 8 bits change the picture, auto does where it must.",
     )
-    denoiser_weights: Annotated[Literal["plain", "float8"], BeforeValidator(_lower)] = Field(
-        "plain", description="Numbers that GLM-Image's DiT keeps its weights in; 8 bits change the picture."
+    denoiser_weights: Annotated[Literal["auto", "plain", "float8"], BeforeValidator(_lower)] = Field(
+        "auto", description="Numbers of GLM-Image's DiT; 8 bits change the picture, auto does where it must."
     )
     cpu_threads: int = Field(
         0, ge=0, description="Threads of the engine's CPU arithmetic; 0 takes all CPUs of the container but one."
@@ -155,7 +156,7 @@ class Settings(BaseModel):
         description="Further results that WARMUP makes, of these widths and heights in pixels: 1024x1024,768x1344.",
     )
     max_batch_size: Positive = Field(
-        1, description="Most compatible prompts that run together; above 1 a seed's bytes depend on its company."
+        1, description="Most compatible prompts that run together; above 1 a seed's bytes may depend on its company."
     )
     max_batch_wait_ms: Annotated[int, Field(ge=0, le=10_000)] = Field(
         50, description="Milliseconds that an idle device waits for company for a prompt that could run in a batch."
@@ -289,7 +290,7 @@ class Settings(BaseModel):
 
     @property
     def acceleration(self) -> Acceleration:
-        return Acceleration(self.attention_backend, self.token_weights, self.denoiser_weights)
+        return Acceleration(self.attention_backend, self.token_weights, self.denoiser_weights, self.max_batch_size)
 
     @property
     def optimizations(self) -> dict[str, str]:

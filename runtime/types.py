@@ -72,7 +72,8 @@ class GenerationResult:
     """What a request gave. `timings` maps a stage's name to seconds.
 
     `engine_variant` names what else, beside the seed, may decide the bytes: device, dtype, library
-    versions and lossy options. `batched` is how many pictures were drawn in one pass, of this request and of others.
+    versions and lossy options. `batched` is how many pictures were drawn in one pass, of this request and of others;
+    `costs` is this request's own part of the device's seconds.
     """
 
     request: GenerationRequest
@@ -81,6 +82,7 @@ class GenerationResult:
     engine_variant: str
     model_revision: str
     batched: int = 1
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +105,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Acceleration:
-    """What is fixed at the start and may change a picture's bits: the attention's kernel, and the number format that
-    the weights of the token stage and of the denoiser are read in."""
+    """What is fixed at the start and may change a picture's bits: the attention's kernel, the number format that the
+    weights of the token stage and of the denoiser are read in, and the rows of a batch."""
 
     attention: str = "auto"
     token_weights: str = "plain"
     denoiser_weights: str = "plain"
+    rows: int = 1
 
 
 PLAIN = Acceleration()

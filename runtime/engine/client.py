@@ -307,6 +307,7 @@ class EngineClient:
                     capabilities.engine_variant,
                     capabilities.model_revision,
                     done.batched,
+                    done.costs,
                 )
             )
 

@@ -122,11 +122,12 @@ class DeviceFree:
 @dataclass(frozen=True, slots=True)
 class Done:
     """The job succeeded. `media` lack their bytes: they come over the media channel, by index. `batched` pictures
-    were drawn in one pass."""
+    were drawn in one pass; `costs` are the job's own part of the seconds by stage in `timings`."""
 
     job: int
     media: tuple[GeneratedMedia, ...]
     timings: Mapping[str, float]
+    costs: Mapping[str, float]
     memory: Memory
     batched: int
 

@@ -19,9 +19,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,6 +50,7 @@ from runtime.metadata import metadata_of
 from runtime.types import DEFAULTS_FILE, Capabilities, GeneratedMedia, GenerationRequest, Progress
 
 if TYPE_CHECKING:
+    from runtime.engine.context import Context
     from runtime.storage.source import Source
     from runtime.streaming import Stream
 
@@ -65,6 +66,17 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 DEVICE_MEMORY_SECONDS = 30.0
+
+
+@dataclass
+class Drawn:
+    """One member's pictures as they come, the seconds by stage that it saw, and the part of them that it cost."""
+
+    member: Member
+    batched: int
+    pictures: list[Any] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -102,6 +114,9 @@ class Engine:
 
     def _load(self) -> None:
         configuration = self._configuration
+        if configuration.device in ("auto", "cuda"):
+            threading.Thread(target=make_cuda_context, name="cuda-context", daemon=True).start()
+        gc.disable()  # it takes a fifth of the imports' time, and finds nothing: what they make stays
         from runtime.storage.registry import open_source
 
         model = open_source(configuration.source, configuration.storage)
@@ -115,6 +130,7 @@ class Engine:
                 filling = _in_background(partial(cached, model, configuration.storage, self._downloaded))
         elif not (model / "model_index.json").is_file():
             raise StartupError(f"{model} holds no pipeline: it has no model_index.json")
+        log(logging.DEBUG, "source opened")
         import diffusers
         import torch
         import transformers
@@ -128,6 +144,9 @@ class Engine:
         from runtime.storage.source import Changed
         from runtime.streaming import load_folder, load_remote
 
+        gc.freeze()
+        gc.enable()
+        log(logging.DEBUG, "libraries imported")
         if configuration.restarted:
             _await_device_memory()
         if isinstance(model, Path):
@@ -162,12 +181,13 @@ class Engine:
             configuration.optimizations,
             lambda name, fraction: self.send(Stage(name, fraction)),
             stream,
+            configuration.acceleration,
         )
         self._pipeline, self._device = loaded.pipeline, loaded.device.torch
         family = registry.family_of(type(loaded.pipeline).__name__)
         half = registry.pipeline_half(family)
         facts = half.facts(loaded.pipeline, folder)
-        self._runner = half.Runner(loaded.pipeline, configuration.acceleration)
+        self._runner = half.Runner(loaded.pipeline, loaded.acceleration)
         self._revision = revision or loaded.revision
         capabilities = Capabilities(
             family=family,
@@ -190,6 +210,7 @@ class Engine:
         self, small: GenerationRequest, capabilities: Capabilities
     ) -> tuple[tuple[GenerationRequest, dict[str, float]], ...]:
         """What is drawn before the first request, and its seconds by stage. Raises StartupError."""
+        from runtime.engine.context import Context
         from runtime.families.requests import warmup_request
 
         configuration = self._configuration
@@ -201,13 +222,14 @@ class Engine:
             begun = time.monotonic()
             try:
                 for _ in range(2 if i else 1):  # the first of a size pays for its kernels: the second tells its cost
-                    timings = self._draw([(request, 0)], lambda: False, lambda _: None)[1]
+                    context = Context(self._device, lambda: False, lambda _: None)
+                    list(self._draw([(request, 0)], context))
             except Exception as error:
                 log(logging.ERROR, "the warm-up failed", exc_info=error)
                 attention = configuration.acceleration.attention
                 asked = "" if attention == "auto" else f" with ATTENTION_BACKEND={attention}"
                 raise StartupError(f"the warm-up of {size}{asked} failed: {_first_line(error)}") from error
-            drawn.append((request, timings))
+            drawn.append((request, context.timings))
             log(logging.INFO, "warmed up", size=size, seconds=round(time.monotonic() - begun, 2))
         return tuple(drawn)
 
@@ -251,39 +273,42 @@ class Engine:
                 self._cancelled.pop(member.job, None)
 
     def _answer(self, members: tuple[Member, ...], rows: int) -> None:
-        """Draw for the members, `rows` pictures in one pass. A pass that fails is drawn again one by one: only the
-        member to blame fails."""
+        """Draw for the members, `rows` pictures in one pass; each is answered once its own are there. What a pass that
+        fails has left over is drawn again one by one: only the member to blame fails."""
         request_id.set(members[0].request_id)
+        left = list(members)
         try:
-            drawn, timings, batched = self._generate(members, rows)
+            for drawn in self._generate(members, rows):
+                left.remove(drawn.member)
+                self._answer_one(drawn)
         except Exception as error:
             if _device_is_lost(error):  # nothing this process does on the device will work again
                 log(logging.ERROR, "the device is lost; the engine ends", exc_info=error)
                 end_process_group()
             if isinstance(error, Cancelled):
-                self._log_stop(members)
+                self._log_stop(left)
             if isinstance(error, Cancelled) or rows == 1 or sum(member.request.n for member in members) == 1:
-                for member in members:
+                for member in left:
                     self.send(_failed(member, error))
                 return
             log(logging.WARNING, "a batch failed; its pictures are drawn one by one", error=_first_line(error))
             if _is_out_of_memory(error):
                 _release(error)
         else:
-            for member in members:
-                self.send(DeviceFree(member.job))
-            for member in members:
-                own = [drawn.pop(0) for _ in range(member.request.n)]
-                if member.job in self._cancelled:
-                    self._log_stop((member,))
-                    self.send(_failed(member, Cancelled("the request was cancelled")))
-                else:
-                    self._encoder.submit(self._deliver, member, own, dict(timings), batched)
             return
-        for member in members:
+        for member in left:
             self._answer((member,), 1)
 
-    def _log_stop(self, members: tuple[Member, ...]) -> None:
+    def _answer_one(self, drawn: Drawn) -> None:
+        member = drawn.member
+        self.send(DeviceFree(member.job))
+        if member.job in self._cancelled:
+            self._log_stop([member])
+            self.send(_failed(member, Cancelled("the request was cancelled")))
+        else:
+            self._encoder.submit(self._deliver, drawn)
+
+    def _log_stop(self, members: list[Member]) -> None:
         """Tell how long after the last member's cancel the device is idle."""
         import torch
 
@@ -294,58 +319,76 @@ class Engine:
             now = time.monotonic()
             log(logging.INFO, "stopped", seconds=round(now - max(came), 4), idle_at=round(now, 4))
 
-    def _generate(self, members: tuple[Member, ...], most: int) -> tuple[list[Any], dict[str, float], int]:
-        """What the pipeline gave for each member's seeds, seconds by stage, and the pictures of the largest pass."""
-        rows = [(member.request, seed) for member in members for seed in member.request.seeds]
-        passes = [rows[i : i + most] for i in range(0, len(rows), most)]
-        drawn: list[Any] = []
-        timings: dict[str, float] = {}
-        for i, rows in enumerate(passes):
+    def _generate(self, members: tuple[Member, ...], most: int) -> Iterator[Drawn]:
+        """What the pipeline gave for each member, in order, `most` pictures in one pass."""
+        rows = [(member, i) for member in members for i in range(member.request.n)]
+        batched = min(most, len(rows))
+        found = {member.job: Drawn(member, batched) for member in members}
+        for begin in range(0, len(rows), most):
+            batch = rows[begin : begin + most]
+            context = self._batch_context(members, batch, begin // most, -(-len(rows) // most))
+            pictures = self._draw([(member.request, member.request.seeds[i]) for member, i in batch], context)
+            before = None
+            for (member, i), own, picture in zip(batch, context.rows, pictures, strict=True):
+                drawn = found[member.job]
+                drawn.pictures.append(picture)
+                _add(drawn.timings, own.timings)
+                _add(drawn.costs, own.timings)
+                if member is not before:
+                    _add(drawn.timings, context.timings)
+                _add(drawn.costs, context.timings, 1 / len(batch))
+                before = member
+                if i == member.request.n - 1:
+                    yield drawn
 
-            def advanced(progress: Progress, i: int = i) -> None:
-                step, total = i * progress.total + progress.step, len(passes) * progress.total
-                for member in members:
-                    self.send(Advanced(member.job, replace(progress, step=step, total=total)))
-
-            pictures, own = self._draw(rows, lambda: all(m.job in self._cancelled for m in members), advanced)
-            drawn += pictures
-            for stage, seconds in own.items():
-                timings[stage] = timings.get(stage, 0.0) + seconds
-        return drawn, timings, len(passes[0])
-
-    def _draw(
-        self,
-        rows: list[tuple[GenerationRequest, int]],
-        should_stop: Callable[[], bool],
-        on_progress: Callable[[Progress], None],
-    ) -> tuple[list[Any], dict[str, float]]:
-        """One pass: a picture or video for each request and seed."""
+    def _batch_context(
+        self, members: tuple[Member, ...], batch: list[tuple[Member, int]], number: int, passes: int
+    ) -> Context:
+        """Of one pass: what is drawn together is told to all, a row's own to its member alone."""
         from runtime.engine.context import Context
+
+        def advanced(progress: Progress) -> None:
+            step, total = number * progress.total + progress.step, passes * progress.total
+            for member in members:
+                self.send(Advanced(member.job, replace(progress, step=step, total=total)))
+
+        def row_advanced(member: Member, i: int, progress: Progress) -> None:
+            step, total = i * progress.total + progress.step, member.request.n * progress.total
+            self.send(Advanced(member.job, replace(progress, step=step, total=total)))
+
+        own = [
+            Context(self._device, partial(self._cancelled.__contains__, member.job), partial(row_advanced, member, i))
+            for member, i in batch
+        ]
+        return Context(self._device, lambda: all(m.job in self._cancelled for m in members), advanced, own)
+
+    def _draw(self, rows: list[tuple[GenerationRequest, int]], context: Context) -> Iterator[Any]:
+        """One pass: a picture or video for each request and seed, as it is there."""
         from runtime.engine.running import clean, isolated_random_state
 
-        context = Context(self._device, should_stop, on_progress)
         context.check()
         try:
             with isolated_random_state(rows[0][1], self._device):
-                drawn = (
-                    [self._runner.run(*rows[0], context)] if len(rows) == 1 else self._runner.run_batch(rows, context)
-                )
-                return drawn, context.timings
+                if len(rows) == 1:
+                    yield self._runner.run(*rows[0], context)
+                else:
+                    yield from self._runner.run_batch(rows, context)
         finally:
             clean(self._pipeline)
 
-    def _deliver(self, member: Member, drawn: list[Any], timings: dict[str, float], batched: int) -> None:
+    def _deliver(self, drawn: Drawn) -> None:
         """Encode and send one job's results; runs on the encoder's thread."""
+        member, timings = drawn.member, drawn.timings
         request_id.set(member.request_id)
         try:
             begun = time.perf_counter()
             media = [
                 _encoded(member.request, seed, picture, self._metadata(member.request, seed))
-                for seed, picture in zip(member.request.seeds, drawn, strict=True)
+                for seed, picture in zip(member.request.seeds, drawn.pictures, strict=True)
             ]
             timings["encode"] = time.perf_counter() - begun
             told = tuple(replace(item, data=b"") for item in media)
-            self.send(Done(member.job, told, timings, _memory(), batched))
+            self.send(Done(member.job, told, timings, drawn.costs, _memory(), drawn.batched))
             for index, item in enumerate(media):
                 self._media.sendall(MEDIA_HEADER.pack(member.job, index, len(item.data)))
                 self._media.sendall(item.data)
@@ -358,6 +401,21 @@ class Engine:
         """What the file of one picture or video shall say of it."""
         c = self._configuration
         return metadata_of(request, seed, c.model_name, self._revision, c.log_prompts) if c.embed_metadata else None
+
+
+def _add(total: dict[str, float], timings: Mapping[str, float], share: float = 1.0) -> None:
+    for stage, seconds in timings.items():
+        total[stage] = total.get(stage, 0.0) + seconds * share
+
+
+def make_cuda_context() -> None:
+    """The primary context of the first device there is, which torch takes over: it takes up to 1.5 s, which pass amid
+    the imports. What is wrong with the device is for torch to tell."""
+    with contextlib.suppress(OSError, AttributeError):  # no driver, or a strange one
+        cuda = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

@@ -11,8 +11,14 @@ The pipeline half is a module `families/<name>/pipeline.py` with
     facts(pipeline, folder) -> dict JSON values for the request half
     warmup(facts)                   the request of the smallest result
     Runner(pipeline, acceleration)  `.run(request, seed, context) -> list of frames or one picture`, and where
-                                    `batch_key` gives keys `.run_batch([(request, seed), …], context) -> list of those`;
+                                    `batch_key` gives keys `.run_batch([(request, seed), …], context)`, which gives
+                                    those one after another, None for one whose own context (`context.rows`) stopped;
                                     `.variant`: what of the acceleration and of the device decides a result's bytes
+
+and, where the family knows better than the loader where its weights should lie,
+
+    plan_memory(folder, sizes, dtypes, device, acceleration, optimizations, free, host_limit) -> Placement | None
+    place_weights(pipeline, device, chosen)
 
 Adding a family: the folder and one line in `registry.py`.
 """

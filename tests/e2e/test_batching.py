@@ -85,11 +85,51 @@ def test_pictures_of_one_prompt_share_a_pass(serve: Serve) -> None:
     assert len(pairs) == 6 and all(alike(*pair) for pair in pairs)
 
 
-@pytest.mark.parametrize("family", ["glm-image", "wan-ti2v-5b"])
+@pytest.mark.parametrize("family", ["wan-ti2v-5b"])
 def test_a_family_that_gains_nothing_runs_alone(serve: Serve, family: str) -> None:
     server = serve(family, *BATCHED)
     asked = [{"prompt": "a fox", "seed": seed, "num_inference_steps": 1} for seed in (1, 2)]
     assert [p["batched"] for p in server.predict(*asked)] == [1, 1]
+
+
+def test_glm_image_shares_the_tokens_and_draws_one_after_another(serve: Serve) -> None:
+    """Byte for byte what each draws alone, edits with edits and each delivered when it is there."""
+    alone, together = serve("glm-image"), serve("glm-image", *LONG_WAIT)
+    small = {"size": "64x64", "num_inference_steps": 2}
+    asked = instances(4, **small)
+    wanted = [alone.predict(instance)[0] for instance in asked]
+    with ThreadPoolExecutor(5) as pool:
+        posted = [
+            pool.submit(post, together, a, X_Request_ID=f"shared-{i}")
+            for i, a in enumerate([{**asked[0], "num_inference_steps": 3}, *asked[1:]])
+        ]
+        answers = [answer.result()[2]["predictions"][0] for answer in posted]
+    assert [p["batched"] for p in answers] == [4] * 4
+    assert [p["image"]["b64"] for p in answers[1:]] == [p["image"]["b64"] for p in wanted[1:]]
+    assert answers[0]["image"]["b64"] != wanted[0]["image"]["b64"], "it asked for another step"
+    shared = {p["timings"]["tokens"] for p in answers}
+    assert len(shared) == 1 and len({p["timings"]["total"] for p in answers}) == 4
+    four = together.predict({**QUICK, **small, "n": 4})[0]
+    for i, image in enumerate(four["images"]):
+        assert image["b64"] == alone.predict({**QUICK, **small, "seed": 3 + i})[0]["image"]["b64"]
+
+
+def test_a_picture_of_glm_image_that_nobody_waits_for_is_not_drawn(serve: Serve) -> None:
+    server = serve("glm-image", *LONG_WAIT)
+    fields = {"prompt": "a fox", "size": "64x64", "num_inference_steps": 50, "n": 2}
+    alone = serve("glm-image").predict({**fields, "seed": 21})[0]
+    steps = metric(server, "diffusion_steps_total")
+    with ThreadPoolExecutor(2) as pool:
+        stays = pool.submit(post, server, {**fields, "seed": 21}, X_Request_ID="stays")
+        wait_for(lambda: known(server, "stays", "queued"), "it waits for company")
+        goes = pool.submit(post, server, {**fields, "seed": 31}, X_Request_ID="goes")
+        wait_for(lambda: running(server, "goes"), "both run")
+        assert server.json("DELETE", "/v2/models/tiny/requests/goes")[0] == 200
+        assert goes.result()[0] == 499
+        status, _, answer = stays.result()
+    assert status == 200 and answer["predictions"][0]["batched"] == 4
+    assert [i["b64"] for i in answer["predictions"][0]["images"]] == [i["b64"] for i in alone["images"]]
+    assert metric(server, "diffusion_steps_total") - steps == 100
 
 
 def test_a_cancelled_member_leaves_the_others_alone(serve: Serve) -> None:

@@ -18,12 +18,13 @@ from runtime.engine.running import clean, isolated_random_state
 from runtime.errors import Cancelled
 from runtime.families.glm_image import decoder, reference
 from runtime.families.glm_image.pipeline import Runner
-from runtime.types import GenerationRequest
+from runtime.types import Acceleration, GenerationRequest
 from tests.glm import TEXT, source
 
 pytestmark = pytest.mark.gpu
 
-WEIGHTS = decoder.WEIGHTS
+WEIGHTS = {"plain": reference.Weight, "int8": reference.int8, "float8": reference.float8}
+ROWS = (1, 3, 8)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 DTYPES = list(TOLERANCE)
 
@@ -57,16 +58,21 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     assert error < TOLERANCE[other.dtype], error
 
 
+def states(*rows: tuple[int, int, int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device="cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 96, 4096])
-def test_embed_and_norm(kernels: Any, dtype: torch.dtype, size: int) -> None:
-    table, before, weight, post = (drawn(n, size, dtype=dtype) for n in (50, 1, 1, 1))
-    ids, state = torch.tensor([7, 9, 11], device="cuda"), torch.tensor([2, 5], dtype=torch.int32, device="cuda")
+@pytest.mark.parametrize("rows", ROWS)
+def test_embed_and_norm(kernels: Any, dtype: torch.dtype, size: int, rows: int) -> None:
+    table, before, weight, post = (drawn(n, size, dtype=dtype) for n in (50, rows, 1, 1))
+    ids, state = torch.randint(0, 50, (rows, 12), device="cuda"), states(*((2 + i, 5, 10) for i in range(rows)))
     results = []
     for ops in (kernels, reference):
-        hidden, out, total, normed = (unwritten(size, dtype=dtype) for _ in range(4))
+        hidden, out, total, normed = (unwritten(rows, size, dtype=dtype) for _ in range(4))
         ops.embed(ids, state, table, weight[0], hidden, out, 1e-5)
-        total.copy_(before[0])
+        total.copy_(before)
         ops.norm(hidden, total, post[0], weight[0], normed, 1e-5)
         results.append((hidden, out, total, normed))
     for one, other in zip(*results, strict=True):
@@ -75,14 +81,17 @@ def test_embed_and_norm(kernels: Any, dtype: torch.dtype, size: int) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns"), [(40, 96), (4608, 4096), (4096, 13696)])
-def test_linear_and_gated(kernels: Any, dtype: torch.dtype, weights: str, rows: int, columns: int) -> None:
-    x, weight, bias = drawn(columns, dtype=dtype), drawn(2 * rows, columns, dtype=dtype), drawn(rows, dtype=dtype)
-    weight /= columns**0.5
-    half, whole = WEIGHTS[weights](weight[:rows]), WEIGHTS[weights](weight)
+@pytest.mark.parametrize(("outputs", "columns"), [(40, 96), (4608, 4096), (4096, 13696)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_and_gated(
+    kernels: Any, dtype: torch.dtype, weights: str, outputs: int, columns: int, rows: int
+) -> None:
+    x, weight = drawn(rows, columns, dtype=dtype), drawn(2 * outputs, columns, dtype=dtype)
+    weight, bias = weight / columns**0.5, drawn(outputs, dtype=dtype)
+    half, whole = WEIGHTS[weights](weight[:outputs]), WEIGHTS[weights](weight)
     results = []
     for ops in (kernels, reference):
-        outs = [unwritten(rows, dtype=dtype) for _ in range(3)]
+        outs = [unwritten(rows, outputs, dtype=dtype) for _ in range(3)]
         ops.linear(x, half, bias, outs[0])
         ops.linear(x, half, None, outs[1])
         ops.gated(x, whole, outs[2])
@@ -110,19 +119,20 @@ def test_the_dits_kernels_in_float8(kernels: Any, tokens: int, size: int) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "group", "width", "half"), [(1, 2, 32, 8), (2, 16, 128, 32)])
-@pytest.mark.parametrize(("start", "done"), [(1, 1), (60, 4), (60, 5), (700, 300)])
+@pytest.mark.parametrize("each", [((1, 1),), ((60, 4),), ((60, 5),), ((700, 300),), ((1, 1), (700, 300), (60, 4))])
 def test_attend(
-    kernels: Any, dtype: torch.dtype, heads: int, group: int, width: int, half: int, start: int, done: int
+    kernels: Any, dtype: torch.dtype, heads: int, group: int, width: int, half: int, each: tuple[tuple[int, int], ...]
 ) -> None:
-    qkv = drawn((heads * group + 2 * heads) * width, dtype=dtype)
-    cos, sin = drawn(400, width, dtype=dtype), drawn(400, width, dtype=dtype)
-    cos[:, 2 * half :], sin[:, 2 * half :] = 1, 0
-    state = torch.tensor([done, start], dtype=torch.int32, device="cuda")
-    cache = drawn(2, heads, 1024, width, dtype=dtype)
+    rows = len(each)
+    qkv = drawn(rows, (heads * group + 2 * heads) * width, dtype=dtype)
+    cos, sin = drawn(rows, 400, width, dtype=dtype), drawn(rows, 400, width, dtype=dtype)
+    cos[..., 2 * half :], sin[..., 2 * half :] = 1, 0
+    state = states(*((done, start, 400) for start, done in each))
+    cache = drawn(2, 1, rows, heads, 1024, width, dtype=dtype)
     results = []
     for ops in (kernels, reference):
-        keys, values, out = *cache.clone(), unwritten(heads * group * width, dtype=dtype)
-        room = ops.scratch(keys, heads * group)
+        made, out = cache.clone(), unwritten(rows, heads * group * width, dtype=dtype)
+        (keys, values), room = made[:, 0], ops.scratch(made[0], heads * group)
         ops.attend(qkv, cos, sin, half, keys, values, state, room, out, width**-0.5)
         results.append((keys, values, out))
     for one, other in zip(*results, strict=True):
@@ -130,15 +140,16 @@ def test_attend(
 
 
 @pytest.mark.parametrize("top_p", [0.75, 0.2, 1.0, 1e-6])
-def test_sample(kernels: Any, top_p: float) -> None:
-    """Half-precision logits have equals at the edge of the top-p set."""
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sample(kernels: Any, top_p: float, rows: int) -> None:
+    """Half-precision logits have equals at the edge of the top-p set. A row that has its ids gets no more."""
     for step in range(100):
-        logits = drawn(16384, dtype=torch.bfloat16) * (1 + step % 3)
-        noise = torch.empty(32, 16512).exponential_(1).cuda()
+        logits = drawn(rows, 16384, dtype=torch.bfloat16) * (1 + step % 3)
+        noise = torch.empty(32, rows, 16512).exponential_(1).cuda()
         results = []
         for ops in (kernels, reference):
-            ids = torch.zeros(128, dtype=torch.long, device="cuda")
-            state = torch.tensor([step, 3], dtype=torch.int32, device="cuda")
+            ids = torch.zeros(rows, 128, dtype=torch.long, device="cuda")
+            state = states(*((step + i, 3, 90) for i in range(rows)))
             ops.sample(logits, noise, ids, state, 0.9, top_p)
             results.append((ids.tolist(), state.tolist()))
         assert results[0] == results[1], step
@@ -225,3 +236,40 @@ def test_it_repeats_whatever_ran_between(folder: Path, monkeypatch: pytest.Monke
         with pytest.raises(Cancelled):
             fast.draw(request, 6, stop)
     assert all(np.array_equal(fast.draw(request, 5), seen) for request, seen in zip(REQUESTS, first, strict=True))
+
+
+MIXED = [(REQUESTS[0], 0), (REQUESTS[3], 1), (REQUESTS[1], 2), (REQUESTS[2], 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_draw_what_each_draws_alone_wherever_they_stand(folder: Path, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    runner = Runner(pipeline, Acceleration(rows=4))
+    assert runner.variant.startswith("tokens by kernels, 4 rows")
+
+    def context(rows: int = 0) -> Context:
+        return Context(device, lambda: False, lambda _: None, [context() for _ in range(rows)])
+
+    alone = [np.asarray(runner.run(request, seed, context())) for request, seed in MIXED]
+    for order in ([0, 1, 2, 3], [3, 0, 2, 1], [2, 3], [1]):
+        drawn = list(runner.run_batch([MIXED[i] for i in order], context(len(order))))
+        assert all(np.array_equal(np.asarray(drawn[at]), alone[i]) for at, i in enumerate(order)), order
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rows_sums_are_its_own(kernels: Any, weights: str, dtype: torch.dtype) -> None:
+    """Bit for bit: what the other rows hold, and where a row stands, changes nothing."""
+    x, weight = drawn(8, 4096, dtype=dtype), WEIGHTS[weights](drawn(2 * 512, 4096, dtype=dtype) / 64)
+    order = torch.randperm(8, device="cuda")
+    results = []
+    for given in (x, x[order], torch.cat([x[:1], 100 * drawn(7, 4096, dtype=dtype)])):
+        out, gated = unwritten(8, 1024, dtype=dtype), unwritten(8, 512, dtype=dtype)
+        kernels.linear(given, weight, None, out)
+        kernels.gated(given, weight, gated)
+        results.append((out, gated))
+    for one, permuted, other in zip(*results, strict=True):
+        assert torch.equal(one[order], permuted)
+        assert torch.equal(one[0], other[0])

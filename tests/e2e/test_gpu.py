@@ -129,3 +129,39 @@ def test_the_default_is_bfloat16_and_repeats(serve: Serve, family: str) -> None:
     fields = next(fields for name, fields in CASES.values() if name == family)
     one, two = pixels(server, fields), pixels(server, fields)
     assert np.array_equal(one, two) and one.std() > 5
+
+
+SETTINGS = {
+    "the default": ([], ["tokens by kernels", "DiT by kernels"]),
+    "8 bits": (
+        ["--token_weights", "int8", "--denoiser_weights", "float8"],
+        ["tokens by kernels from int8", "DiT by kernels in float8"],
+    ),
+    "float8 tokens": (["--token_weights", "float8"], ["tokens by kernels from float8", "DiT by kernels"]),
+    "flash attention": (["--attention_backend", "flash"], ["flash attention"]),
+    "native attention": (["--attention_backend", "native"], ["native attention"]),
+    "four rows": (["--max_batch_size", "4"], ["tokens by kernels, 4 rows"]),
+    "turns": (["--enable_cpu_offload", "true"], ["tokens by kernels", "DiT by kernels"]),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_may_decide_a_pictures_bits_is_told_and_repeats(serve: Serve, name: str) -> None:
+    flags, words = SETTINGS[name]
+    server = serve("glm-image", "--device", "cuda", *flags)
+    told = server.json("GET", f"/v2/models/{server.name}")[1]["properties"]
+    for case in ("glm-image", "glm-image edit"):
+        prediction = server.predict(CASES[case][1])[0]
+        assert prediction["engine_variant"] == told["engine_variant"]
+        assert all(word in told["engine_variant"] for word in words), told
+        first = pixels(server, CASES[case][1])
+        assert np.array_equal(first, pixels(server, CASES[case][1])) and first.std() > 5
+
+
+def test_pictures_of_glm_image_are_the_same_alone_and_in_company(serve: Serve) -> None:
+    server = serve("glm-image", "--device", "cuda", "--max_batch_size", "4", "--max_batch_wait_ms", "2000")
+    asked = [{**PICTURE, "prompt": f"picture {'x' * i}", "seed": i} for i in range(4)]
+    together = server.predict(*asked)
+    assert [p["batched"] for p in together] == [4] * 4
+    for fields, one in zip(asked, together, strict=True):
+        assert server.predict(fields)[0]["image"]["b64"] == one["image"]["b64"]

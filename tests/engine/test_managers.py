@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -336,3 +338,9 @@ def test_cuda_says_out_of_memory_in_other_words_too(text: str) -> None:
 
     error = RuntimeError(text)
     assert _is_out_of_memory(error) and not _device_is_lost(error)
+
+
+def test_a_context_made_early_needs_no_driver() -> None:
+    """In a process of its own: where there is a device, the context stays."""
+    code = "from runtime.engine.worker import make_cuda_context; make_cuda_context()"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)

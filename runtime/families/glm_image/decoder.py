@@ -1,8 +1,8 @@
-"""GLM-Image's language model, one token of one request at a time: on a GPU one CUDA graph over `kernels`."""
+"""GLM-Image's language model, one token of each request at a time: on a GPU one CUDA graph over `kernels`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from runtime.engine.context import Context
-from runtime.families.glm_image.reference import Weight, float8, int8
+from runtime.families.glm_image.reference import Weight
+from runtime.families.glm_image.weights import fused, weight_of
 
 CHUNK = 16  # tokens between two looks at whether to stop
 AHEAD = 4  # tokens still to run when the next chunk is given to the device
-WEIGHTS: Mapping[str, Callable[[torch.Tensor], Weight]] = {"plain": Weight, "int8": int8, "float8": float8}
 ROOM = 4096  # positions, and new tokens, that there is room for at first; it doubles where a request needs more
 
 
@@ -38,9 +38,25 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What the stock model's forward over a request's prompt leaves: keys and values by layer, of shape (heads,
+    positions, width), the logits of the first new token, and of all `count` new ones the positions, (3, 1, count)."""
+
+    cache: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    logits: torch.Tensor
+    positions: torch.Tensor
+    count: int
+    sampling: Sampling
+
+    @property
+    def length(self) -> int:
+        return self.cache[0][0].shape[1]
+
+
+@dataclass(frozen=True)
 class Room:
-    """What grows with a request: the cache, of shape (layers, heads, positions, width); for each new token its id and
-    the rotation of its position, over a head's whole width."""
+    """What grows with a request: the cache, of shape (layers, rows, heads, positions, width); for each row's new tokens
+    their ids and the rotation of their positions, over a head's whole width."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -51,63 +67,61 @@ class Room:
 
 
 class Decoder:
-    """Buffers stay where they are, so that a step can be a CUDA graph. `state` counts ids sampled so far and positions
-    of the prompt. `ops` is `kernels` or `reference`; `weights` names what the layers' are read as."""
+    """Buffers stay where they are, so that a step can be a CUDA graph. It always has `rows` rows: a request's tokens do
+    not depend on how many others there are. `ops` is `kernels` or `reference`."""
 
-    def __init__(self, encoder: Any, book: int, ops: Any, weights: str) -> None:
+    def __init__(self, encoder: Any, book: int, ops: Any, rows: int) -> None:
         self._ops, self._model = ops, encoder.model
         model, config = encoder.model.language_model, encoder.config.text_config
-        self._layers = [_layer(layer, WEIGHTS[weights]) for layer in model.layers]
+        self._layers = [_layer(layer) for layer in model.layers]
         self._table, self._norm, self._eps = model.embed_tokens.weight, model.norm.weight, config.rms_norm_eps
         self._head = Weight(encoder.lm_head.weight[:book])
         attention = model.layers[0].self_attn
         self._heads, self._width, self._scale = config.num_key_value_heads, attention.head_dim, attention.scaling
         self._half = 0  # of the width that turns, known with the first tables
-        self._device, self._dtype = self._table.device, self._table.dtype
+        self._device, self._dtype, self.rows = self._table.device, self._table.dtype, rows
         self._room: Room | None = None
         self._sampling: Sampling | None = None
         self._graph: Any = None
+        self._at = 0  # where the weights were that the graph reads
         vocabulary = encoder.config.text_config.vision_vocab_size
         pinned = self._device.type == "cuda"
-        self._drawn = torch.empty(2 * CHUNK, vocabulary, pin_memory=pinned)  # the ring that `_noise` copies
-        self._noise = torch.ones(2 * CHUNK, vocabulary, device=self._device)
+        self._drawn = torch.ones(2 * CHUNK, rows, vocabulary, pin_memory=pinned)  # the ring that `_noise` copies
+        self._noise = torch.ones(2 * CHUNK, rows, vocabulary, device=self._device)
         self._thread = ThreadPoolExecutor(1, "noise")
         queries = config.num_attention_heads * self._width
         self._hidden, self._normed = self._vector(config.hidden_size), self._vector(config.hidden_size)
         self._branch = self._vector(config.hidden_size)
         self._qkv, self._attended = self._vector(queries + 2 * self._heads * self._width), self._vector(queries)
         self._inner, self._logits = self._vector(config.intermediate_size), self._vector(book)
-        self._state = torch.zeros(2, dtype=torch.int32, device=self._device)
+        self._state = torch.ones(rows, 3, dtype=torch.int32, device=self._device)  # as `reference` has it
 
     def _vector(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=self._dtype, device=self._device)
+        return torch.zeros(self.rows, size, dtype=self._dtype, device=self._device)
 
-    def begin(self, prefill: Any, sampling: Sampling, count: int) -> None:
-        """Take over from the stock model's forward over the prompt."""
-        cache = prefill.past_key_values.layers
-        length = cache[0].keys.shape[-2]
+    def prompt(self, prefill: Any, count: int, sampling: Sampling) -> Prompt:
+        """What the stock model's forward over one prompt found, before the next one's takes its place."""
+        cache = tuple((layer.keys[0], layer.values[0]) for layer in prefill.past_key_values.layers)
         positions = self._model._cached_decode_position_ids[:, :, :count].permute(1, 0, 2).to(self._device)
-        cos, sin = self._model.language_model.rotary_emb(self._hidden, position_ids=positions)
-        half = cos.shape[-1] // 2
-        room = self._reserve(length + count, count, sampling, half)
-        room.cos[:count, : 2 * half] = cos[0]
-        room.sin[:count, :half] = -sin[0, :, :half]
-        room.sin[:count, half : 2 * half] = sin[0, :, half:]
-        for keys, values, layer in zip(room.keys, room.values, cache, strict=True):
-            keys[:, :length] = layer.keys[0]
-            values[:, :length] = layer.values[0]
-        self._logits.copy_(prefill.logits[0, -1, : self._logits.shape[0]])
-        self._state.copy_(torch.tensor([0, length], dtype=torch.int32))
+        return Prompt(cache, prefill.logits[0, -1, : self._logits.shape[1]].clone(), positions, count, sampling)
 
-    def run(self, count: int, generator: torch.Generator, context: Context) -> torch.Tensor:
+    def run(
+        self, prompts: Sequence[Prompt], generators: Sequence[torch.Generator], context: Context
+    ) -> list[torch.Tensor]:
+        """Each prompt's `count` ids, of shape (count,). Up to `rows` prompts, of one sampling; each row's noise is its
+        generator's."""
+        self._begin(prompts)
         assert self._room is not None
-        drawn, mark = self._draw(0, generator), None
+        counts = [prompt.count for prompt in prompts]
+        count = max(counts)
+        noise = list(zip(generators, counts, strict=True))
+        drawn, mark = self._draw(0, noise), None
         for begin in range(0, count, CHUNK):
             slots = slice(begin % len(self._drawn), begin % len(self._drawn) + CHUNK)
             drawn.result()
             self._noise[slots].copy_(self._drawn[slots], non_blocking=True)
             if begin + CHUNK < count:
-                drawn = self._draw(begin + CHUNK, generator)
+                drawn = self._draw(begin + CHUNK, noise)
             size = min(CHUNK, count - begin)
             for i in range(begin, begin + size):
                 if i == begin + size - min(AHEAD, size):
@@ -116,17 +130,38 @@ class Decoder:
             if mark is not None:
                 mark.synchronize()
             context.advance("tokens", begin, count) if begin else context.check()
-        ids = self._room.ids[:count].clone()
+        ids = [row[:own].clone() for row, own in zip(self._room.ids, counts, strict=False)]
         context.synchronize()
         context.advance("tokens", count, count)
-        return ids[None]
+        return ids
 
-    def _draw(self, begin: int, generator: torch.Generator) -> Future[None]:
-        """A chunk of the ring, row by row: torch.multinomial's stream is one of calls."""
+    def _begin(self, prompts: Sequence[Prompt]) -> None:
+        tables = [self._model.language_model.rotary_emb(self._hidden, position_ids=p.positions) for p in prompts]
+        half = tables[0][0].shape[-1] // 2
+        positions, count = max(p.length + p.count for p in prompts), max(p.count for p in prompts)
+        room = self._reserve(positions, count, prompts[0].sampling, half)
+        state = torch.ones(self.rows, 3, dtype=torch.int32)  # rows without a request want nothing more
+        for row, (prompt, (cos, sin)) in enumerate(zip(prompts, tables, strict=True)):
+            length, count = prompt.length, prompt.count
+            room.cos[row, :count, : 2 * half] = cos[0]
+            room.sin[row, :count, :half] = -sin[0, :, :half]
+            room.sin[row, :count, half : 2 * half] = sin[0, :, half:]
+            for keys, values, (own_keys, own_values) in zip(room.keys, room.values, prompt.cache, strict=True):
+                keys[row, :, :length] = own_keys
+                values[row, :, :length] = own_values
+            self._logits[row] = prompt.logits
+            state[row] = torch.tensor([0, length, count])
+        self._state.copy_(state)
+
+    def _draw(self, begin: int, noise: Sequence[tuple[torch.Generator, int]]) -> Future[None]:
+        """A chunk of the ring, token by token: torch.multinomial's stream is one of calls."""
 
         def draw() -> None:
-            for row in range(begin % len(self._drawn), begin % len(self._drawn) + CHUNK):
-                self._drawn[row : row + 1].exponential_(1, generator=generator)
+            slot = begin % len(self._drawn)
+            for row, (generator, count) in enumerate(noise):
+                if begin < count:
+                    for i in range(slot, slot + CHUNK):
+                        self._drawn[i, row : row + 1].exponential_(1, generator=generator)
 
         return self._thread.submit(draw)
 
@@ -140,11 +175,12 @@ class Decoder:
     def _reserve(self, positions: int, count: int, sampling: Sampling, half: int) -> Room:
         """Room for a request, and a graph over it."""
         room = self._room
-        if room is None or positions > room.keys.shape[2] or count > len(room.ids):
+        if room is None or positions > room.keys.shape[3] or count > room.ids.shape[1]:
             self._graph = self._room = room = None  # gone before the new one is made
             self._room = self._made_room(_doubled(ROOM, positions), _doubled(ROOM, count))
-        if (sampling, half) != (self._sampling, self._half):
-            self._graph, self._sampling, self._half = None, sampling, half
+        at = self._table.data_ptr()
+        if (sampling, half, at) != (self._sampling, self._half, self._at):
+            self._graph, self._sampling, self._half, self._at = None, sampling, half, at
         if self._graph is None and self._device.type == "cuda":
             self._capture()
         assert self._room is not None
@@ -152,13 +188,13 @@ class Decoder:
 
     def _made_room(self, positions: int, most: int) -> Room:
         made: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
-        keys = torch.zeros(len(self._layers), self._heads, positions, self._width, **made)
-        cos = torch.ones(most, self._width, **made)
+        keys = torch.zeros(len(self._layers), self.rows, self._heads, positions, self._width, **made)
+        cos = torch.ones(self.rows, most, self._width, **made)
         return Room(
             keys,
             torch.zeros_like(keys),
-            self._ops.scratch(keys, len(self._attended) // self._width),
-            torch.zeros(most, dtype=torch.long, device=self._device),
+            self._ops.scratch(keys, self._attended.shape[1] // self._width),
+            torch.zeros(self.rows, most, dtype=torch.long, device=self._device),
             cos,
             torch.zeros_like(cos),
         )
@@ -173,7 +209,7 @@ class Decoder:
         self._graph = graph
 
     def _step(self) -> None:
-        """Enqueue the forward of the last sampled id, and the next one's sampling."""
+        """Enqueue the forward of the last sampled ids, and the next ones' sampling."""
         if self._graph is not None:
             self._graph.replay()
             return
@@ -216,33 +252,17 @@ def _doubled(size: int, needed: int) -> int:
     return size
 
 
-def _layer(layer: Any, made: Callable[[torch.Tensor], Weight]) -> Layer:
+def _layer(layer: Any) -> Layer:
     attention = layer.self_attn
     qkv, bias = fused(attention.q_proj, attention.k_proj, attention.v_proj)
     return Layer(
-        made(qkv),
+        qkv,
         bias,
-        made(attention.o_proj.weight),
-        made(layer.mlp.gate_up_proj.weight),
-        made(layer.mlp.down_proj.weight),
+        weight_of(attention.o_proj),
+        weight_of(layer.mlp.gate_up_proj),
+        weight_of(layer.mlp.down_proj),
         layer.input_layernorm.weight,
         layer.post_self_attn_layernorm.weight,
         layer.post_attention_layernorm.weight,
         layer.post_mlp_layernorm.weight,
     )
-
-
-def fused(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One weight and bias for linear layers of one input. The layers' own become views of it: nothing lies twice."""
-    joined: list[torch.Tensor | None] = []
-    for name in ("weight", "bias"):
-        parts = [getattr(linear, name) for linear in linears]
-        if parts[0] is None:
-            joined.append(None)
-            continue
-        whole = torch.cat([part.detach() for part in parts])
-        for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
-            part.data = view
-        joined.append(whole)
-    assert joined[0] is not None
-    return joined[0], joined[1]

@@ -8,7 +8,7 @@ a kernel begins while the one before ends, and waits (`_wait`) before it touches
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -16,6 +16,8 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from runtime.families.glm_image.reference import Weight
+
+Tile = TypeVar("Tile", bound=tuple[int, ...])
 
 SPLIT = 64  # cached positions that one program of the token stage's attention reads
 
@@ -34,33 +36,35 @@ def _rms(x, n, eps, weight, dtype: tl.constexpr):
     return (scaled * weight).to(dtype)
 
 
-# --- the token stage: one row ---
+# --- the token stage: a row for each request ---
 
 
 @triton.jit
-def _embed_kernel(ids, state, table, weight, hidden, out, n, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _embed_kernel(ids, state, table, weight, hidden, out, n, most, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
     w = tl.load(weight + cols, mask, other=0.0).to(tl.float32)
     _wait(PDL)
-    token = tl.load(ids + tl.load(state) - 1)
-    row = tl.load(table + token.to(tl.int64) * n + cols, mask, other=0.0)
-    tl.store(hidden + cols, row, mask)
-    tl.store(out + cols, _rms(row.to(tl.float32), n, eps, w, out.dtype.element_ty), mask)
+    token = tl.load(ids + row * most + tl.load(state + row * 3) - 1)
+    x = tl.load(table + token.to(tl.int64) * n + cols, mask, other=0.0)
+    tl.store(hidden + row * n + cols, x, mask)
+    tl.store(out + row * n + cols, _rms(x.to(tl.float32), n, eps, w, out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _norm_kernel(x, hidden, post, weight, out, n, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     cols = tl.arange(0, BLOCK)
+    here = tl.program_id(0) * n + cols
     mask = cols < n
     w_post = tl.load(post + cols, mask, other=0.0).to(tl.float32)
     w = tl.load(weight + cols, mask, other=0.0).to(tl.float32)
     _wait(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
-    branch = _rms(tl.load(x + cols, mask, other=0.0).to(tl.float32), n, eps, w_post, dtype).to(tl.float32)
-    total = (tl.load(hidden + cols, mask, other=0.0).to(tl.float32) + branch).to(dtype)
-    tl.store(hidden + cols, total, mask)
-    tl.store(out + cols, _rms(total.to(tl.float32), n, eps, w, dtype), mask)
+    branch = _rms(tl.load(x + here, mask, other=0.0).to(tl.float32), n, eps, w_post, dtype).to(tl.float32)
+    total = (tl.load(hidden + here, mask, other=0.0).to(tl.float32) + branch).to(dtype)
+    tl.store(hidden + here, total, mask)
+    tl.store(out + here, _rms(total.to(tl.float32), n, eps, w, dtype), mask)
 
 
 @triton.jit
@@ -131,24 +135,95 @@ def _gated_kernel(
 
 
 @triton.jit
+def _rows_linear_kernel(
+    x, weight, scales, bias, out, K, N, M,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_linear_kernel` for M rows of `x`: each row's sums are its own, whatever the others hold."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    m = tl.arange(0, ROWS)
+    inside = (n < N)[:, None]
+    rows = (m < M)[None, :]
+    dtype: tl.constexpr = x.dtype.element_ty
+    base = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    x_at = x + m[None, :] * K + k[:, None]
+    first = tl.load(base, inside & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    _wait(PDL)
+    v = tl.load(x_at, rows & (k < K)[:, None], other=0.0)
+    acc = tl.dot(first.to(dtype), v, input_precision="ieee")
+    for at in range(BLOCK_K, K, BLOCK_K):
+        w = tl.load(base + at, inside & (at + k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        v = tl.load(x_at + at, rows & (at + k < K)[:, None], other=0.0)
+        acc = tl.dot(w.to(dtype), v, acc, input_precision="ieee")
+    if SCALED:
+        acc *= tl.load(scales + n, n < N, other=0.0)[:, None]
+    if BIAS:
+        acc += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + m[None, :] * N + n[:, None], acc.to(dtype), rows & inside)
+
+
+@triton.jit
+def _rows_gated_kernel(
+    x, weight, scales, out, K, N, M,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    m = tl.arange(0, ROWS)
+    inside = (n < N)[:, None]
+    rows = (m < M)[None, :]
+    dtype: tl.constexpr = x.dtype.element_ty
+    base = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    up_base = base + tl.cast(N, tl.int64) * K
+    x_at = x + m[None, :] * K + k[:, None]
+    begun = inside & (k < K)[None, :]
+    g = tl.load(base, begun, other=0.0, eviction_policy="evict_first")
+    u = tl.load(up_base, begun, other=0.0, eviction_policy="evict_first")
+    _wait(PDL)
+    v = tl.load(x_at, rows & (k < K)[:, None], other=0.0)
+    gate = tl.dot(g.to(dtype), v, input_precision="ieee")
+    up = tl.dot(u.to(dtype), v, input_precision="ieee")
+    for at in range(BLOCK_K, K, BLOCK_K):
+        v = tl.load(x_at + at, rows & (at + k < K)[:, None], other=0.0)
+        mask = inside & (at + k < K)[None, :]
+        g = tl.load(base + at, mask, other=0.0, eviction_policy="evict_first")
+        u = tl.load(up_base + at, mask, other=0.0, eviction_policy="evict_first")
+        gate = tl.dot(g.to(dtype), v, gate, input_precision="ieee")
+        up = tl.dot(u.to(dtype), v, up, input_precision="ieee")
+    if SCALED:
+        gate *= tl.load(scales + n, n < N, other=0.0)[:, None]
+        up *= tl.load(scales + N + n, n < N, other=0.0)[:, None]
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out + m[None, :] * N + n[:, None], (up.to(dtype).to(tl.float32) * silu).to(dtype), rows & inside)
+
+
+@triton.jit
 def _rotated(x, partner, cos, sin, dtype: tl.constexpr):
     return ((x * cos).to(dtype).to(tl.float32) + (partner * sin).to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit
 def _attend_kernel(
-    qkv, cos, sin, keys, values, state, acc_out, stat_out, scale, capacity, splits,
+    qkv, cos, sin, keys, values, state, acc_out, stat_out, scale, capacity, most, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     SPLIT_: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key head and SPLIT_ cached positions: the group's queries against them, not yet divided by the sum."""
-    kv_head, split = tl.program_id(0), tl.program_id(1)
+    kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _wait(PDL)
-    done = tl.load(state)
-    position = tl.load(state + 1) + done - 1  # where the token fed now stands in the cache
+    done = tl.load(state + request * 3)
+    position = tl.load(state + request * 3 + 1) + done - 1  # where the token fed now stands in the cache
     if split * SPLIT_ > position:
         return
     dtype: tl.constexpr = qkv.dtype.element_ty
+    qkv += request * (HEADS * (GROUP + 2) * D)
+    cos += request * most * D
+    sin += request * most * D
+    keys += request.to(tl.int64) * HEADS * capacity * D
+    values += request.to(tl.int64) * HEADS * capacity * D
     d = tl.arange(0, D)
     partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
     c = tl.load(cos + (done - 1) * D + d).to(tl.float32)
@@ -183,7 +258,7 @@ def _attend_kernel(
     most = tl.max(scores, 1)
     p = tl.exp(scores - most[:, None])
     acc = tl.dot(p.to(dtype), v, input_precision="ieee")
-    head = kv_head * GROUP + row
+    head = (request * HEADS + kv_head) * GROUP + row
     slot = head * splits + split
     tl.store(acc_out + slot[:, None] * D + d[None, :], acc, in_group)
     tl.store(stat_out + slot * 2, most, row < GROUP)
@@ -195,10 +270,11 @@ def _combine_kernel(
     acc, stat, state, out, splits, D: tl.constexpr, SPLIT_: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
 ):
     """One query head: the splits' sums put together."""
-    head = tl.program_id(0)
+    request = tl.program_id(1)
+    head = request * tl.num_programs(0) + tl.program_id(0)
     d = tl.arange(0, D)
     _wait(PDL)
-    used = (tl.load(state + 1) + tl.load(state) - 1) // SPLIT_ + 1
+    used = (tl.load(state + request * 3 + 1) + tl.load(state + request * 3) - 1) // SPLIT_ + 1
     most = -float("inf")
     total = 0.0
     summed = tl.zeros([D], tl.float32)
@@ -218,17 +294,20 @@ def _combine_kernel(
 
 @triton.jit
 def _sample_kernel(
-    logits, noise, ids, state, vocabulary, book, temperature, cut,
+    logits, noise, ids, state, vocabulary, book, most, temperature, cut,
     RING: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The id that argmax(probability / noise) over the top-p set gives, without sorting: the best id is taken unless
     the ids up to it, from the least probable on (the lower id first among equals), hold no more than `cut`."""
+    row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     mask = at < book
     _wait(PDL)
-    done = tl.load(state)
-    drawn = tl.load(noise + (done % RING) * vocabulary + at, mask, other=1.0)
-    scores = tl.load(logits + at, mask, other=-float("inf")).to(tl.float32) / temperature
+    done = tl.load(state + row * 3)
+    if done >= tl.load(state + row * 3 + 2):
+        return
+    drawn = tl.load(noise + ((done % RING) * tl.num_programs(0) + row) * vocabulary + at, mask, other=1.0)
+    scores = tl.load(logits + row * book + at, mask, other=-float("inf")).to(tl.float32) / temperature
     p = tl.exp(scores - tl.max(scores, 0))
     p = p / tl.sum(p, 0)
     ratio = tl.where(mask, p / drawn, -1.0)
@@ -242,8 +321,8 @@ def _sample_kernel(
         ratio = tl.where(dropped, tl.where(at == best, -1.0, ratio), ratio)
         best = tl.argmax(ratio, 0)
         looking = tl.where(dropped, best != top, False)
-    tl.store(ids + done, best.to(ids.dtype.element_ty))
-    tl.store(state, done + 1)
+    tl.store(ids + row * most + done, best.to(ids.dtype.element_ty))
+    tl.store(state + row * 3, done + 1)
 
 
 # --- the DiT ---
@@ -345,15 +424,45 @@ LINEAR: dict[tuple[int, ...], tuple[int, int, int]] = {
     (4,): (4, 1024, 4),
 }
 GATED: dict[tuple[int, ...], tuple[int, int, int]] = {(2,): (2, 2048, 4), (1,): (8, 1024, 8), (4,): (2, 1024, 4)}
+# The same for several rows, with the stages of their loop. By shape where a block has Hopper's shared memory.
+ROWS_LINEAR: dict[tuple[int, ...], tuple[int, int, int, int]] = {
+    (2,): (32, 128, 4, 3),
+    (4608, 4096, 2): (64, 128, 4, 4),
+    (4096, 4096, 2): (64, 128, 4, 6),
+    (4096, 13696, 2): (32, 512, 4, 3),
+    (16384, 4096, 2): (64, 128, 4, 4),
+    (1,): (32, 128, 4, 3),
+    (4608, 4096, 1): (32, 512, 4, 3),
+    (4096, 4096, 1): (32, 512, 4, 3),
+    (4096, 13696, 1): (32, 512, 4, 3),
+    (16384, 4096, 1): (64, 128, 4, 4),
+    (4,): (32, 64, 4, 2),
+}
+ROWS_GATED: dict[tuple[int, ...], tuple[int, int, int, int]] = {
+    (2,): (32, 128, 4, 3),
+    (13696, 4096, 2): (64, 128, 4, 4),
+    (1,): (32, 128, 4, 3),
+    (13696, 4096, 1): (64, 128, 4, 4),
+    (4,): (16, 64, 4, 2),
+}
+ROOMY = 200 * 2**10  # bytes of shared memory
 
 
 def _options(pdl: bool) -> dict[str, Any]:
     return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
 
 
-def _tile(table: dict[tuple[int, ...], tuple[int, int, int]], n: int, k: int, weight: Weight) -> tuple[int, int, int]:
+def _tile(table: dict[tuple[int, ...], Tile], n: int, k: int, weight: Weight, measured: bool = True) -> Tile:
     size = weight.values.itemsize
-    return table.get((n, k, size), table[(size,)])
+    return table[(n, k, size)] if measured and (n, k, size) in table else table[(size,)]
+
+
+def _roomy(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return limit >= ROOMY
 
 
 def chains(device: torch.device) -> bool:
@@ -370,58 +479,103 @@ def embed(
     out: torch.Tensor,
     eps: float,
 ) -> None:
-    n = hidden.shape[-1]
-    block = triton.next_power_of_2(n)
+    rows, n = hidden.shape
+    block, most = triton.next_power_of_2(n), ids.shape[1]
     options = _options(chains(out.device))
-    _embed_kernel[(1,)](ids, state, table, weight, hidden, out, n, eps, BLOCK=block, num_warps=8, **options)
+    _embed_kernel[(rows,)](ids, state, table, weight, hidden, out, n, most, eps, BLOCK=block, num_warps=8, **options)
 
 
 def norm(
     x: torch.Tensor, hidden: torch.Tensor, post: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float
 ) -> None:
-    n = hidden.shape[-1]
+    rows, n = hidden.shape
     block = triton.next_power_of_2(n)
     options = _options(chains(out.device))
-    _norm_kernel[(1,)](x, hidden, post, weight, out, n, eps, BLOCK=block, num_warps=8, **options)
+    _norm_kernel[(rows,)](x, hidden, post, weight, out, n, eps, BLOCK=block, num_warps=8, **options)
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     n, k = weight.values.shape
+    scaled, biased = weight.scales is not None, bias is not None
+    scales, bias = weight.scales if weight.scales is not None else x, bias if bias is not None else x
+    options = _options(chains(out.device))
+    if len(x) > 1:
+        block_n, block_k, warps, stages = _tile(ROWS_LINEAR, n, k, weight, _roomy(x.device))
+        _rows_linear_kernel[(triton.cdiv(n, block_n),)](
+            x,
+            weight.values,
+            scales,
+            bias,
+            out,
+            k,
+            n,
+            len(x),
+            SCALED=scaled,
+            BIAS=biased,
+            ROWS=max(16, triton.next_power_of_2(len(x))),
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+            **options,
+        )
+        return
     block_n, block_k, warps = _tile(LINEAR, n, k, weight)
     _linear_kernel[(triton.cdiv(n, block_n),)](
         x,
         weight.values,
-        weight.scales if weight.scales is not None else x,
-        bias if bias is not None else x,
+        scales,
+        bias,
         out,
         k,
         n,
-        SCALED=weight.scales is not None,
-        BIAS=bias is not None,
+        SCALED=scaled,
+        BIAS=biased,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         EVEN=k % block_k == 0,
         num_warps=warps,
-        **_options(chains(out.device)),
+        **options,
     )
 
 
 def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> None:
     n, k = weight.values.shape[0] // 2, weight.values.shape[1]
+    scaled, scales = weight.scales is not None, weight.scales if weight.scales is not None else x
+    options = _options(chains(out.device))
+    if len(x) > 1:
+        block_n, block_k, warps, stages = _tile(ROWS_GATED, n, k, weight, _roomy(x.device))
+        _rows_gated_kernel[(triton.cdiv(n, block_n),)](
+            x,
+            weight.values,
+            scales,
+            out,
+            k,
+            n,
+            len(x),
+            SCALED=scaled,
+            ROWS=max(16, triton.next_power_of_2(len(x))),
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=warps,
+            num_stages=stages,
+            **options,
+        )
+        return
     block_n, block_k, warps = _tile(GATED, n, k, weight)
     _gated_kernel[(triton.cdiv(n, block_n),)](
         x,
         weight.values,
-        weight.scales if weight.scales is not None else x,
+        scales,
         out,
         k,
         n,
-        SCALED=weight.scales is not None,
+        SCALED=scaled,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         EVEN=k % block_k == 0,
         num_warps=warps,
-        **_options(chains(out.device)),
+        **options,
     )
 
 
@@ -437,12 +591,12 @@ def attend(
     out: torch.Tensor,
     scale: float,
 ) -> None:
-    heads, capacity, width = keys.shape
+    rows, heads, capacity, width = keys.shape
     queries = out.shape[-1] // width
     group = queries // heads
     splits = triton.cdiv(capacity, SPLIT)
     options = _options(chains(out.device))
-    _attend_kernel[(heads, splits)](
+    _attend_kernel[(heads, splits, rows)](
         qkv,
         cos,
         sin,
@@ -452,6 +606,7 @@ def attend(
         *scratch,
         scale,
         capacity,
+        cos.shape[1],
         splits,
         HEADS=heads,
         GROUP=group,
@@ -462,14 +617,16 @@ def attend(
         num_warps=4,
         **options,
     )
-    _combine_kernel[(queries,)](*scratch, state, out, splits, D=width, SPLIT_=SPLIT, CHUNK=32, num_warps=4, **options)
+    _combine_kernel[(queries, rows)](
+        *scratch, state, out, splits, D=width, SPLIT_=SPLIT, CHUNK=32, num_warps=4, **options
+    )
 
 
 def scratch(keys: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where `attend` keeps its splits."""
-    splits = triton.cdiv(keys.shape[-2], SPLIT)
+    """Where `attend` keeps its splits; `keys` has the shape (layers, rows, heads, positions, width)."""
+    splits, each = triton.cdiv(keys.shape[-2], SPLIT), keys.shape[1] * queries
     made: dict[str, Any] = {"device": keys.device, "dtype": torch.float32}
-    return torch.zeros(queries, splits, keys.shape[-1], **made), torch.zeros(queries, splits, 2, **made)
+    return torch.zeros(each, splits, keys.shape[-1], **made), torch.zeros(each, splits, 2, **made)
 
 
 def sample(
@@ -480,14 +637,15 @@ def sample(
     temperature: float,
     top_p: float,
 ) -> None:
-    book = logits.shape[-1]
-    _sample_kernel[(1,)](
+    rows, book = logits.shape
+    _sample_kernel[(rows,)](
         logits,
         noise,
         ids,
         state,
         noise.shape[-1],
         book,
+        ids.shape[1],
         temperature,
         1.0 - top_p if top_p < 1.0 else -1.0,
         RING=noise.shape[0],

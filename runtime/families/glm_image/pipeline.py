@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,18 @@ from PIL import Image
 
 from runtime.engine.context import Context
 from runtime.engine.running import FreshScheduler, Hooks, cpu_generator, stock_variant
-from runtime.errors import StartupError
+from runtime.errors import Cancelled, StartupError
 from runtime.families.glm_image import reference
+from runtime.families.glm_image.memory import LEAST
+from runtime.families.glm_image.memory import place_weights as place_weights
+from runtime.families.glm_image.memory import plan_memory as plan_memory
 from runtime.families.glm_image.request import MULTIPLE, source_size
-from runtime.families.glm_image.tokens import TokenStage
+from runtime.families.glm_image.stages import take
+from runtime.families.glm_image.tokens import TokenStage, Wanted
 from runtime.families.glm_image.transformer import Denoiser, attention_backend
+from runtime.families.glm_image.weights import DENOISER_LINEARS, TOKEN_LINEARS, eight_bits
 from runtime.logs import log
-from runtime.types import PLAIN, Acceleration, GenerationRequest, SourceImage
-
-LEAST = {"int8": (8, 0), "float8": (8, 9)}  # compute capability
+from runtime.types import PLAIN, Acceleration, GenerationRequest, Progress, SourceImage
 
 
 def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
@@ -31,6 +36,7 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
         "video": False,
         # Sequential offload brings layers to the device by `forward`; sources' tokens come from other methods.
         "edits": not any(map(_hook, pipeline.vision_language_encoder.model.vqmodel.modules())),
+        "batches": _batching_ops(pipeline.vision_language_encoder) is not None,
         "special_tokens": [*pipeline.processor.tokenizer.all_special_tokens, pipeline.processor.image_token],
         "source_shortest_edge": round(math.sqrt(size["shortest_edge"])),
         "source_longest_edge": round(math.sqrt(size["longest_edge"])),
@@ -65,15 +71,26 @@ class Runner:
         self._facts = facts(pipeline, Path())
         encoder, transformer = pipeline.vision_language_encoder, pipeline.transformer
         ops, denoiser_ops = _ops(encoder, fast), _ops(transformer, fast)
+        if fast is None and acceleration.rows > 1:
+            ops = _batching_ops(encoder)
         token_weights, eight = acceleration.token_weights, acceleration.denoiser_weights == "float8"
         _check_8_bit("TOKEN_WEIGHTS", token_weights, encoder, ops)
         _check_8_bit("DENOISER_WEIGHTS", acceleration.denoiser_weights, transformer, denoiser_ops)
-        self._tokens = TokenStage(encoder, transformer.config.prior_vq_quantizer_codebook_size, ops, token_weights)
+        book = transformer.config.prior_vq_quantizer_codebook_size
+        if token_weights != "plain":
+            eight_bits(encoder, TOKEN_LINEARS, token_weights, encoder.device)
+        take(pipeline, "tokens")  # views are made of what is there
+        self._tokens = TokenStage(encoder, book, ops, acceleration.rows)
         self._denoiser: Denoiser | None = None
         self.variant = f"tokens by {_name(ops)}" + (f" from {token_weights}" if token_weights != "plain" else "")
+        if ops is not None and acceleration.rows > 1:
+            self.variant += f", {acceleration.rows} rows"
         if denoiser_ops is not None:
             backend = attention_backend(acceleration.attention, transformer.device, transformer.dtype)
-            self._denoiser = Denoiser(transformer, denoiser_ops, backend, eight)
+            if eight:
+                eight_bits(transformer, DENOISER_LINEARS, "float8", transformer.device)
+            take(pipeline, "denoise")
+            self._denoiser = Denoiser(transformer, denoiser_ops, backend)
             self.variant += f", DiT by {_name(denoiser_ops)}" + (" in float8" if eight else "")
             self.variant += f", {backend} attention"
         else:
@@ -82,12 +99,34 @@ class Runner:
 
     def run(self, request: GenerationRequest, seed: int, context: Context) -> Image.Image:
         """One picture; equal on the CPU to what the stock pipeline gives with ids outside the code book suppressed."""
+        return self._picture(request, seed, self._prior_tokens([(request, seed)], context)[0], context)
+
+    def run_batch(self, rows: list[tuple[GenerationRequest, int]], context: Context) -> Iterator[Image.Image | None]:
+        """A picture for each request and seed, as it is there: tokens of all at once, then one picture after another.
+        None for one that nobody waits for any more. Each row's context is its own; the tokens' progress is told to the
+        first row of each request."""
+        firsts = [own for i, own in enumerate(context.rows) if i == 0 or rows[i][0] is not rows[i - 1][0]]
+
+        def told(progress: Progress) -> None:
+            for own in firsts:
+                own.on_progress(progress)
+
+        together = Context(context.device, context.should_stop, told)
+        tokens = self._prior_tokens(rows, together)
+        context.timings.update(together.timings)
+        for (request, seed), own, given in zip(rows, context.rows, tokens, strict=True):
+            try:
+                own.check()
+                yield self._picture(request, seed, given, own)
+            except Cancelled:
+                yield None
+
+    def _picture(self, request: GenerationRequest, seed: int, tokens: dict[str, Any], context: Context) -> Image.Image:
+        """What the DiT makes of the tokens."""
         pipeline = self._pipeline
         pipeline.scheduler = self._scheduler()
         images = [self._resized(image) for image in request.images] or None
         try:
-            with context.stage("tokens"):
-                tokens = self._prior_tokens(request, images, seed, context)
             output = self._hooks.call(
                 pipeline,
                 request,
@@ -103,7 +142,6 @@ class Runner:
                 **tokens,
             )
         finally:
-            self._tokens.forget()
             if self._denoiser is not None:
                 self._denoiser.forget()
         picture: Image.Image = output.images[0]
@@ -116,12 +154,27 @@ class Runner:
         return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
     @torch.no_grad()
-    def _prior_tokens(
-        self, request: GenerationRequest, images: list[Image.Image] | None, seed: int, context: Context
-    ) -> dict[str, Any]:
-        """The DiT's prior arguments. Follows GlmImagePipeline.generate_prior_tokens for one prompt, with a sampler
-        that draws from the request's own generator, stays within the code book and can be stopped."""
-        pipeline = self._pipeline
+    def _prior_tokens(self, rows: list[tuple[GenerationRequest, int]], context: Context) -> list[dict[str, Any]]:
+        """For each request and seed the DiT's prior arguments. Follows GlmImagePipeline.generate_prior_tokens, with a
+        sampler that draws from the request's own generator, stays within the code book and can be stopped."""
+        with context.stage("tokens"):
+            take(self._pipeline, "tokens")
+            try:
+                asked = [self._asked(request, seed) for request, seed in rows]
+                sampled = self._tokens.generate([wanted for wanted, _, _ in asked], context)
+            finally:
+                self._tokens.forget()
+        return [
+            {"prior_token_ids": self._pipeline._upsample_token_ids(ids[place], *shape), **sources}
+            for ids, (_, (place, shape), sources) in zip(sampled, asked, strict=True)
+        ]
+
+    def _asked(
+        self, request: GenerationRequest, seed: int
+    ) -> tuple[Wanted, tuple[slice, tuple[int, int]], dict[str, Any]]:
+        """What a request wants of the token stage, where its picture's grid lies in the ids and of which shape it is,
+        and the DiT's arguments of its sources."""
+        pipeline, images = self._pipeline, [self._resized(image) for image in request.images] or None
         encoder, device = pipeline.vision_language_encoder, pipeline._execution_device
         content = [{"type": "image", "image": image} for image in images or []]
         inputs = pipeline.processor.apply_chat_template(
@@ -153,10 +206,9 @@ class Runner:
                 "prior_token_image_ids": [torch.cat(upsampled, dim=0)],
                 "source_image_grid_thw": [sources * scale],
             }
-        count = new_tokens - 1  # stock samples one token more, for an end that nothing reads
-        sampled = self._tokens.generate(inputs, count, cpu_generator(seed), context)
-        grid = sampled[0, offset : offset + rows * columns]
-        return {"prior_token_ids": pipeline._upsample_token_ids(grid, rows, columns), **arguments}
+        # Stock samples one token more, for an end that nothing reads.
+        wanted = Wanted(inputs, new_tokens - 1, cpu_generator(seed))
+        return wanted, (slice(offset, offset + rows * columns), (rows, columns)), arguments
 
 
 def _hook(module: Any) -> Any:
@@ -173,6 +225,17 @@ def _ops(model: Any, fast: bool | None) -> Any:
         return None
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
         return reference if fast else None
+    return _kernels()
+
+
+def _batching_ops(encoder: Any) -> Any:
+    """What takes several requests' tokens at once: on a CPU `reference`."""
+    return _ops(encoder, True if encoder.device.type == "cpu" else None)
+
+
+@cache
+def _kernels() -> Any:
+    """None where they cannot be compiled."""
     try:
         import triton
 

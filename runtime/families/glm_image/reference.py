@@ -1,7 +1,8 @@
 """What the kernels of `kernels.py` compute, in plain PyTorch: for devices without Triton, and for their tests.
 
-Modulations come as pairs of rows: the picture's, then the text's. The token stage's `state` holds how many ids are
-sampled and how many positions the prompt took.
+Modulations come as pairs of rows: the picture's, then the text's. The token stage's tensors have a row for each request
+first; its `state` holds how many ids are sampled, how many positions the prompt took, and how many ids are wanted: a
+row that has them all stays as it is.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def embed(
     eps: float,
 ) -> None:
     """The last sampled id's row of `table`, and its norm."""
-    hidden.copy_(table[ids[state[0] - 1]])
+    hidden.copy_(table[ids.gather(1, state[:, :1].long() - 1)[:, 0]])
     out.copy_(_rms(hidden, weight, eps))
 
 
@@ -93,18 +94,21 @@ def attend(
     scale: float,
 ) -> None:
     """Rotates the new token's queries and keys, puts it in the cache (heads, positions, width) and attends to all."""
-    heads, _, width = keys.shape
-    done = int(state[0])
-    position = int(state[1]) + done - 1
-    q, k, v = torch.split(qkv.view(-1, width), [out.shape[-1] // width, heads, heads])
-    c, s = cos[done - 1], sin[done - 1]
-    keys[:, position] = _rotated(k, c, s, half)
-    values[:, position] = v
-    queries = _rotated(q, c, s, half).view(1, -1, 1, width)
-    attended = F.scaled_dot_product_attention(
-        queries, keys[None, :, : position + 1], values[None, :, : position + 1], scale=scale, enable_gqa=True
-    )
-    out.copy_(attended.flatten())
+    _, heads, _, width = keys.shape
+    for row, (done, length, _) in enumerate(state.tolist()):
+        position = length + done - 1
+        q, k, v = torch.split(qkv[row].view(-1, width), [out.shape[-1] // width, heads, heads])
+        c, s = cos[row, done - 1], sin[row, done - 1]
+        keys[row, :, position] = _rotated(k, c, s, half)
+        values[row, :, position] = v
+        attended = F.scaled_dot_product_attention(
+            _rotated(q, c, s, half).view(1, -1, 1, width),
+            keys[row : row + 1, :, : position + 1],
+            values[row : row + 1, :, : position + 1],
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[row] = attended.flatten()
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> torch.Tensor:
@@ -127,17 +131,19 @@ def sample(
 ) -> None:
     """Writes the next id as transformers' top-p sampling draws it: argmax of probability over exponential noise.
 
-    `noise` is a ring of rows of the whole vocabulary; `logits` are the code book's alone.
+    `noise` is a ring of the whole vocabulary's, for each row; `logits` are the code book's alone.
     """
-    done = int(state[0])
-    scores = logits.float() / temperature
-    if top_p < 1.0:
-        ordered, order = torch.sort(scores)
-        dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-        dropped[-1] = False
-        scores = scores.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), float("-inf"))
-    ids[done] = (scores.softmax(-1) / noise[done % len(noise), : logits.shape[-1]]).argmax()
-    state[0] += 1
+    for row, (done, _, wanted) in enumerate(state.tolist()):
+        if done >= wanted:
+            continue
+        scores = logits[row].float() / temperature
+        if top_p < 1.0:
+            ordered, order = torch.sort(scores)
+            dropped = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+            dropped[-1] = False
+            scores = scores.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), float("-inf"))
+        ids[row, done] = (scores.softmax(-1) / noise[done % len(noise), row, : logits.shape[-1]]).argmax()
+        state[row, 0] += 1
 
 
 def modulated(

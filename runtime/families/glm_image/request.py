@@ -43,8 +43,11 @@ def schema(facts: Mapping[str, Any], limits: Limits) -> Schema:
 
 
 def batch_key(request: GenerationRequest, facts: Mapping[str, Any]) -> GenerationRequest | None:
-    """Alone: the token stage keeps one request's state, and the DiT pads prompts without masking."""
-    return None
+    """What wants as many tokens: those of all are made in one pass, and the DiT's pictures one after another."""
+    if not facts["batches"]:
+        return None
+    mode = "edit" if request.images else "text to image"
+    return GenerationRequest(mode, request.width, request.height, 1, 0, 1, "any")
 
 
 def complete(values: dict[str, Any], facts: Mapping[str, Any], limits: Limits) -> GenerationRequest:

@@ -1,13 +1,14 @@
-"""GLM-Image's token stage: one request's prior tokens, by a decoding loop of our own.
+"""GLM-Image's token stage: requests' prior tokens, by a decoding loop of our own.
 
-The stock model reads the prompt; every token after that is one step of `Decoder` where there is one, else one more
-forward of the stock model. Either way the noise that samples is drawn on the CPU from the request's own generator, a
-row of the vocabulary for each token.
+The stock model reads each prompt; every token after that is one step of `Decoder` where there is one, for all requests
+at once, else one more forward of the stock model. Either way the noise that samples is drawn on the CPU from the
+request's own generator, a row of the vocabulary for each token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from runtime.engine.context import Context
-from runtime.families.glm_image.decoder import CHUNK, Decoder, Sampling
+from runtime.families.glm_image.decoder import CHUNK, Decoder, Prompt, Sampling
 
 
 def sampling(processors: Any, book: int) -> Sampling | None:
@@ -38,34 +39,51 @@ def sampling(processors: Any, book: int) -> Sampling | None:
     return Sampling(temperature, top_p)
 
 
-class TokenStage:
-    """`ops` is `kernels` or `reference`; None leaves decoding to the stock model. One request at a time."""
+@dataclass(frozen=True)
+class Wanted:
+    """One request's prompt, as the processor gives it, and how many ids it wants from which noise."""
 
-    def __init__(self, encoder: Any, book: int, ops: Any, weights: str = "plain") -> None:
+    inputs: Any
+    count: int
+    generator: torch.Generator
+
+
+class TokenStage:
+    """`ops` is `kernels` or `reference`; None leaves decoding to the stock model. At most `rows` requests at a time."""
+
+    def __init__(self, encoder: Any, book: int, ops: Any, rows: int = 1) -> None:
         self._encoder, self._book = encoder, book
         # The head can say more ids than the DiT's embedding has rows; the end token would shorten the picture.
         self._outside_book = list(range(book, encoder.config.text_config.vision_vocab_size))
-        self.decoder = Decoder(encoder, book, ops, weights) if ops else None
+        self.decoder = Decoder(encoder, book, ops, rows) if ops else None
 
-    def generate(self, inputs: Any, count: int, generator: torch.Generator, context: Context) -> torch.Tensor:
-        """`count` ids of the code book, of shape (1, count), drawn as torch.multinomial does on the CPU: argmax of
-        probability over exponential noise."""
-        ids: torch.Tensor = self._encoder.generate(
-            **inputs,
-            max_new_tokens=count + 1,  # stock samples one token more, for an end that nothing reads
-            do_sample=True,
-            suppress_tokens=self._outside_book or None,
-            custom_generate=self._method(count, generator, context),
-        )
-        return ids
+    def generate(self, requests: Sequence[Wanted], context: Context) -> list[torch.Tensor]:
+        """Each request's `count` ids of the code book, of shape (count,), drawn as torch.multinomial does on the CPU:
+        argmax of probability over exponential noise. Prompts are read one by one, without padding."""
+        found: list[Any] = []
+        for wanted in requests:
+            context.check()
+            self.forget()
+            found.append(
+                self._encoder.generate(
+                    **wanted.inputs,
+                    max_new_tokens=wanted.count + 1,  # stock samples one token more, for an end that nothing reads
+                    do_sample=True,
+                    suppress_tokens=self._outside_book or None,
+                    custom_generate=self._method(wanted, context),
+                )
+            )
+        if self.decoder is not None and isinstance(found[0], Prompt):
+            return self.decoder.run(found, [wanted.generator for wanted in requests], context)
+        return found
 
     def forget(self) -> None:
         """What the stock model keeps between forwards must not reach the next request."""
         model = self._encoder.model
         model.rope_deltas = model._cached_decode_position_ids = model._prefill_len = None
 
-    def _method(self, count: int, generator: torch.Generator, context: Context) -> Callable[..., torch.Tensor]:
-        """A decoding method for transformers' `generate`."""
+    def _method(self, wanted: Wanted, context: Context) -> Callable[..., Prompt | torch.Tensor]:
+        """A decoding method for transformers' `generate`: what it gives is for the decoder, or else the ids."""
 
         def method(
             model: Any,
@@ -74,13 +92,12 @@ class TokenStage:
             stopping_criteria: Any,
             generation_config: Any,
             **model_kwargs: Any,
-        ) -> torch.Tensor:
+        ) -> Prompt | torch.Tensor:
             outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
             known = sampling(logits_processor, self._book)
             if self.decoder is not None and known is not None:
-                self.decoder.begin(outputs, known, count)
-                return self.decoder.run(count, generator, context)
-            return self._stock(input_ids, outputs, logits_processor, model_kwargs, count, generator, context)
+                return self.decoder.prompt(outputs, wanted.count, known)
+            return self._stock(input_ids, outputs, logits_processor, model_kwargs, wanted, context)
 
         return method
 
@@ -90,16 +107,15 @@ class TokenStage:
         outputs: Any,
         logits_processor: Any,
         model_kwargs: dict[str, Any],
-        count: int,
-        generator: torch.Generator,
+        wanted: Wanted,
         context: Context,
     ) -> torch.Tensor:
-        model, start = self._encoder, input_ids.shape[1]
+        model, start, count = self._encoder, input_ids.shape[1], wanted.count
         for step in range(1, count + 1):
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
             logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
             probabilities = logits_processor(input_ids, logits).softmax(dim=-1)
-            noise = torch.empty(probabilities.shape).exponential_(1, generator=generator)
+            noise = torch.empty(probabilities.shape).exponential_(1, generator=wanted.generator)
             drawn = (probabilities / noise.to(probabilities.device)).argmax(dim=-1, keepdim=True)
             input_ids = torch.cat([input_ids, drawn], dim=-1)
             if step % CHUNK == 0 or step == count:
@@ -107,4 +123,4 @@ class TokenStage:
             if step < count:
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                 outputs = model(**inputs, return_dict=True)
-        return input_ids[:, start:]
+        return input_ids[0, start:]

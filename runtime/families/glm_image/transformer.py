@@ -18,8 +18,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.errors import StartupError
-from runtime.families.glm_image.decoder import fused
-from runtime.families.glm_image.reference import float8
+from runtime.families.glm_image.reference import Weight
+from runtime.families.glm_image.weights import EightBitLinear, fused, weight_of
 
 ATTENTION = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 EPS = 1e-5
@@ -45,9 +45,10 @@ def attention_backend(setting: str, device: torch.device, dtype: torch.dtype) ->
 class Denoiser:
     """Takes the place of a GlmImageTransformer2DModel's forward. `ops` is `kernels` or `reference`."""
 
-    def __init__(self, model: Any, ops: Any, attention: str, eight: bool = False) -> None:
-        self._model, self._ops, self._attention, self._eight = model, ops, attention, eight
-        self._blocks = [(EightBitBlock if eight else Block)(block, ops) for block in model.transformer_blocks]
+    def __init__(self, model: Any, ops: Any, attention: str) -> None:
+        self._model, self._ops, self._attention = model, ops, attention
+        self._eight = isinstance(model.transformer_blocks[0].attn1.to_q, EightBitLinear)
+        self._blocks = [(EightBitBlock if self._eight else Block)(block, ops) for block in model.transformer_blocks]
         self._heads = model.config.num_attention_heads
         self._size = model.config.patch_size
         self.forget()
@@ -163,42 +164,41 @@ class Block:
     def __init__(self, block: Any, ops: Any) -> None:
         attention, (grow, _, shrink) = block.attn1, block.ff.net
         self._ops = ops
-        self._qkv, self._qkv_bias = fused(attention.to_q, attention.to_k, attention.to_v)
-        self._out, self._grow, self._shrink = attention.to_out[0], grow.proj, shrink
+        self._qkv = fused(attention.to_q, attention.to_k, attention.to_v)
+        self._out, self._grow, self._shrink = (
+            (weight_of(layer), layer.bias) for layer in (attention.to_out[0], grow.proj, shrink)
+        )
 
     def queries_keys_values(self, x: Any) -> torch.Tensor:
-        return F.linear(x, self._qkv, self._qkv_bias)
+        return _linear(x, *self._qkv)
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._out.weight, self._out.bias)
+        return _linear(x, *self._out)
 
     def feed_forward(self, x: Any) -> torch.Tensor:
-        grown = self._ops.grown(x, self._grow.weight, self._grow.bias)
-        return F.linear(grown, self._shrink.weight, self._shrink.bias)
+        weight, bias = self._grow
+        return _linear(self._ops.grown(x, weight.values, bias), *self._shrink)
 
 
 class EightBitBlock(Block):
     """The same in float8: a step for each row of a weight, and for each token."""
 
-    def __init__(self, block: Any, ops: Any) -> None:
-        super().__init__(block, ops)
-        self._qkv8 = float8(self._qkv)
-        self._out8, self._grow8, self._shrink8 = (
-            float8(layer.weight) for layer in (self._out, self._grow, self._shrink)
-        )
-
     def queries_keys_values(self, x: Any) -> torch.Tensor:
-        product: torch.Tensor = self._ops.product(x, self._qkv8, self._qkv_bias)
+        product: torch.Tensor = self._ops.product(x, *self._qkv)
         return product
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = self._ops.product(self._ops.eighth(x), self._out8, self._out.bias)
+        product: torch.Tensor = self._ops.product(self._ops.eighth(x), *self._out)
         return product
 
     def feed_forward(self, x: Any) -> torch.Tensor:
-        grown = self._ops.eighth(self._ops.product(x, self._grow8, self._grow.bias), gelu=True)
-        product: torch.Tensor = self._ops.product(grown, self._shrink8, self._shrink.bias)
+        grown = self._ops.eighth(self._ops.product(x, *self._grow), gelu=True)
+        product: torch.Tensor = self._ops.product(grown, *self._shrink)
         return product
+
+
+def _linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight.values, bias)
 
 
 def _prior(model: Any, ids: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:

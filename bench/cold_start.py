@@ -20,7 +20,9 @@ cache: it stands for a store elsewhere, not for this machine's disk. The last tw
 `pip install kserve-storage==0.21.0 runai-model-streamer[s3]==0.17.0`; an arm whose package is missing is left out by
 name, one that fails is told and the others go on; `--peers` names another Python that has the packages. `--arms` takes
 the arms to run, in that order, and one may come twice; `--model` serves a folder that is there (hard links: BENCH_DIR
-must be on its file system) instead of writing one. `--results` is written anew after every arm.
+must be on its file system) instead of writing one. `--results` is written anew after every arm. No process of an arm
+takes longer than BENCH_LIMIT seconds, and none begins BENCH_BUDGET seconds after the start. Of this runtime's own arms
+`at_s` tells when each stage ended, in seconds from the process's start.
 
 With `--local FOLDER` only this runtime's start from that folder is measured, with LOAD_MODE auto and stream: for a
 machine with a GPU.
@@ -44,6 +46,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,8 +59,14 @@ from runtime.demo import free_port
 KEY, SECRET = "BENCHKEY01234", "BENCHSECRET01234"
 SAMPLE_SECONDS = 0.02
 LIMIT_SECONDS = int(os.environ.get("BENCH_LIMIT", "900"))  # of one process of an arm
+DEADLINE = time.monotonic() + int(os.environ.get("BENCH_BUDGET", "86400"))  # of all arms
 MIB, GB = 2**20, 1e9
 RANGE = 64 * MIB
+# What lines of the log begin with, in the order of a start.
+STAGES = (
+    *("listening", "source opened", "libraries imported", "headers read", "loading ", "models planned"),
+    *("buffers made", "component ", "downloaded ", "read ", "loaded ", "ready: "),
+)
 
 STOCK = """
 import sys, torch, diffusers
@@ -83,6 +92,10 @@ with SafetensorsStreamer() as streamer:
 if kept:
     torch.cuda.synchronize()
 """
+
+
+def limit() -> float:
+    return max(1.0, min(LIMIT_SECONDS, DEADLINE - time.monotonic()))
 
 
 @dataclass
@@ -144,12 +157,14 @@ def serve(environment: dict[str, str], folder: Path, *flags: str) -> Measured:
     port = free_port()
     measured = Measured(0.0)
     log = folder / "server.log"
-    begun = time.monotonic()
+    patience = limit()
+    begun, wall = time.monotonic(), time.time()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "runtime", "--http_port", str(port), "--enable_grpc", "false"),
-                *("--model_name", "m", "--dtype", "bfloat16", "--warmup", "false", "--log_format", "json", *flags),
+                *("--model_name", "m", "--dtype", "bfloat16", "--warmup", "false", "--log_format", "json"),
+                *("--log_level", "debug", *flags),
             ],
             env={**os.environ, **environment},
             stdout=output,
@@ -158,7 +173,7 @@ def serve(environment: dict[str, str], folder: Path, *flags: str) -> Measured:
     try:
         with watched(process.pid, measured):
             while True:
-                if process.poll() is not None or time.monotonic() - begun > LIMIT_SECONDS:
+                if process.poll() is not None or time.monotonic() - begun > patience:
                     raise SystemExit(f"the server did not become ready:\n{log.read_text()[-3000:]}")
                 if answers(f"http://127.0.0.1:{port}/v2/models/m/ready"):
                     break
@@ -172,13 +187,32 @@ def serve(environment: dict[str, str], folder: Path, *flags: str) -> Measured:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+    entries = list(logged(log))
+    for entry in entries:
+        if entry["message"].startswith(("downloaded ", "read ")):
+            measured.transfer_s = entry["seconds"]
+    measured.told = {name: measured.told[name] for name in ("bytes", "load_seconds", "device", "source")}
+    measured.told["at_s"] = stages(entries, wall)
+    return measured
+
+
+def logged(log: Path) -> Iterator[dict[str, Any]]:
     for line in log.read_text().splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if entry.get("message", "").startswith(("downloaded ", "read ")):
-                measured.transfer_s = entry["seconds"]
-    measured.told = {name: measured.told[name] for name in ("bytes", "load_seconds", "device", "source")}
-    return measured
+            if isinstance(entry, dict) and "message" in entry:
+                yield entry
+
+
+def stages(entries: list[dict[str, Any]], begun: float) -> dict[str, float]:
+    """Seconds from the process's start to the end of each stage, by the log."""
+    found = {}
+    for entry in entries:
+        for words in STAGES:
+            if entry["message"].startswith(words):
+                name = entry["message"] if words == "component " else words.strip()
+                found[name] = round(datetime.fromisoformat(entry["time"]).timestamp() - begun, 3)
+    return found
 
 
 def answers(url: str) -> bool:
@@ -198,7 +232,7 @@ def run(python: str, code: str, environment: dict[str, str], *arguments: str) ->
     )
     with watched(process.pid, measured):
         try:
-            _, errors = process.communicate(timeout=LIMIT_SECONDS)
+            _, errors = process.communicate(timeout=limit())
         finally:
             process.kill()  # one that has ended is not minded
     measured.seconds = time.monotonic() - begun
@@ -225,7 +259,7 @@ def floor(url: Callable[[str], str], files: dict[str, int], folder: Path) -> Mea
     subprocess.run(
         ["curl", "--no-progress-meter", "--parallel", "--parallel-max", "8", "-K", str(config)],
         check=True,
-        timeout=LIMIT_SECONDS,
+        timeout=limit(),
     )
     seconds = time.monotonic() - begun
     return Measured(seconds, seconds)
@@ -379,6 +413,10 @@ def remote(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 answer.close()
         for turn in range(options.repeat):
             for name in order:
+                if time.monotonic() > DEADLINE:
+                    print(f"{turn + 1} {name:15} left out, the time is over", flush=True)
+                    results.setdefault("failed", []).append(f"{name}: left out, the time is over")
+                    continue
                 os.sync()  # what the arm before wrote is not written during this one
                 try:
                     told = arms[name]()
@@ -387,7 +425,10 @@ def remote(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                     results.setdefault("failed", []).append(f"{name}: {error}")
                 else:
                     results.setdefault(name, []).append(told)
-                    print(f"{turn + 1} {name:15} {told.seconds:7.2f} s, {told.peak_private_mib:7.0f} MiB", flush=True)
+                    print(
+                        f"{turn + 1} {name:15} {told.seconds:7.2f} s, {told.peak_private_mib:7.0f} MiB {told.told}",
+                        flush=True,
+                    )
                 keep(options, results)
     return results
 

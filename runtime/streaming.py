@@ -130,6 +130,7 @@ def _skeleton(source: Source) -> Iterator[Path]:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix=SKELETON))
             _claim(Path(name), stack)
             write_skeleton(source, Path(name))
+            log(logging.DEBUG, "headers read")
         except OSError as error:  # no room for a megabyte: files that are there already may still do
             raise CannotStreamError(f"the temporary directory: {error.strerror or error}") from error
         with _named(Path(name), source.uri):
@@ -284,13 +285,22 @@ class Stream:
             tensors[name] = {file: self._tensors(cls, file, device, dtype_of(name)) for file in files}
             found = {tensor.name: tensor for listed in tensors[name].values() for tensor in listed}
             _check_names(name, empty[name], found)
+        log(logging.DEBUG, "models planned")
         pinned = device.type == "cuda"
         self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(self._threads)]
+        log(logging.DEBUG, "buffers made")
         made = {}
         with self._meter() as meter:  # its clock starts here: the device's own start is not the store's time
-            for name, (cls, _) in plans.items():
+            # While it takes over a model's tensors, transformers allocates their size once more: with the device empty.
+            sizes = {
+                name: sum(tensor.end - tensor.begin for t in tensors[name].values() for tensor in t) for name in plans
+            }
+            for name in sorted(plans, key=lambda name: (empty[name] is not None, -sizes[name])):
+                cls = plans[name][0]
                 state = self._fill(tensors.pop(name), device, meter)
+                log(logging.DEBUG, f"component {name} read")
                 made[name] = _assemble(cls, empty.pop(name), state, self._folder / name, dtype_of(name), device, name)
+                log(logging.DEBUG, f"component {name} built")
             if self._writer is not None:  # what is no weight
                 rest = [span for span in self._writer.missing() if not _is_weights(span.file)]
                 fetch(self._source, rest, _views(self._buffers), self._writer.write, on_retry=meter.retry)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 WEIGHTS = {"plain": reference.Weight, "int8": reference.int8, "float8": reference.float8}
 ROWS = (1, 3, 8)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
 
 
@@ -81,7 +81,9 @@ def test_embed_and_norm(kernels: Any, dtype: torch.dtype, size: int, rows: int) 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "columns"), [(40, 96), (4608, 4096), (4096, 13696)])
+@pytest.mark.parametrize(
+    ("outputs", "columns"), [(40, 96), (4608, 4096), (4096, 4096), (4096, 13696), (13696, 4096), (16384, 4096)]
+)
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_and_gated(
     kernels: Any, dtype: torch.dtype, weights: str, outputs: int, columns: int, rows: int

@@ -13,6 +13,7 @@ measured in a burst and over two seconds, before and after: long matrix products
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -526,6 +527,7 @@ def token_agreement(arms: Arms, stock: torch.Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def eight_bit(weights: str, stock: Stock) -> dict[str, Any]:
     """The lossy options: a full run, and how far it is from stock."""
+    gc.collect()  # the arms before
     arms = Arms(Acceleration(token_weights=weights, denoiser_weights="float8"))
     torch.cuda.empty_cache()
     arms.draw(replace(REQUEST, num_inference_steps=1))

@@ -27,9 +27,9 @@ from runtime.engine.context import Context
 from runtime.engine.running import clean, isolated_random_state
 from runtime.families.glm_image.pipeline import Runner
 from runtime.families.glm_image.stages import stages_of
+from runtime.load_mode import load_folder
 from runtime.pipeline_loader import LoadedPipeline, load_pipeline
 from runtime.settings import load
-from runtime.streaming import load_folder
 from runtime.types import Acceleration
 
 GIB = 2**30

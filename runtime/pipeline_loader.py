@@ -16,13 +16,14 @@ import torch
 import transformers as transformers_library
 
 from runtime import optimization_manager
+from runtime.assembly import CannotStreamError, load_whole
 from runtime.cgroup import host_memory_limit
 from runtime.checkpoint import Tensor, read_json, read_tensors, revision, weight_files
 from runtime.device_manager import Device, detect_device, free_memory
 from runtime.dtype_selector import DtypePlan, dtype_name, select_dtypes
 from runtime.errors import StartupError, shown
 from runtime.families import registry
-from runtime.streaming import CannotStreamError, Stream, load_whole
+from runtime.streaming import Stream
 from runtime.types import PLAIN, Acceleration
 
 logger = logging.getLogger("diffusion_runtime.loader")

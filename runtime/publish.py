@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from runtime.assembly import CannotStreamError, keeps_own_format, model_class
 from runtime.checkpoint import STEMS, Tensor, read_header, read_json, weight_files
 from runtime.dtype_selector import DTYPES, DtypePlan, uniform
 from runtime.errors import StartupError
@@ -33,7 +34,6 @@ from runtime.storage.folder import Folder
 from runtime.storage.options import StorageOptions
 from runtime.storage.registry import resolve
 from runtime.storage.source import CHUNK, MANIFEST, MODEL_INDEX
-from runtime.streaming import CannotStreamError, keeps_own_format, model_class
 
 DEFAULT_SHARD = 4_000_000_000  # bytes; large enough for long reads, small enough to hold one
 VERSION = 1  # of the manifest

@@ -141,8 +141,8 @@ class Engine:
             library.disable_default_handler()
             library.enable_propagation()  # into our one format
         from runtime.device_manager import detect_device
+        from runtime.load_mode import load_folder, load_remote
         from runtime.storage.source import Changed
-        from runtime.streaming import load_folder, load_remote
 
         gc.freeze()
         gc.enable()

@@ -170,7 +170,7 @@ def printable(repository: str, revision: str | None) -> str:
 
 def _cached(repository: str, revision: str | None, options: StorageOptions) -> Path:
     """A copy that is here: in the Hub's own cache, or in ours."""
-    from runtime.storage.cache import cache_folder, newest
+    from runtime.storage.copies import cache_folder, newest
 
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))

@@ -16,13 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runtime.errors import StartupError
+from runtime.load_mode import load_folder, load_remote
 from runtime.pipeline_loader import LoadedPipeline, load_pipeline
-from runtime.storage.cache import CacheWriter
+from runtime.storage.cache_writer import CacheWriter
 from runtime.storage.fetch import Progress, spans_of
 from runtime.storage.folder import Folder
 from runtime.storage.options import StorageOptions
+from runtime.storage.skeleton import SKELETON, write_skeleton
 from runtime.storage.source import CHUNK, Changed, RemoteFile
-from runtime.streaming import SKELETON, Stream, _Tensor, _touched, load_folder, load_remote, write_skeleton
+from runtime.streaming import Stream, _Tensor, _touched
 from runtime.tiny import FAMILIES
 
 AUTO = dict.fromkeys(
@@ -274,12 +276,15 @@ def test_a_killed_processs_skeleton_is_removed_and_a_living_ones_is_not(
     assert [path.name for path in tmp_path.iterdir()] == [alive.name]
 
 
-def test_a_folder_is_streamed_where_that_is_asked_for(tiny_models: Path) -> None:
+def test_a_folder_is_streamed_where_that_is_asked_for(tiny_models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="diffusion_runtime")
+
     def at(folder: Path, stream: Stream | None) -> tuple[LoadedPipeline, bool]:
         return load_pipeline(folder, "cpu", "float32", AUTO, lambda *_: None, stream), stream is not None
 
     folder = tiny_models / "wan-i2v-a14b"
     streamed, was = load_folder(folder, StorageOptions(load_mode="stream"), "cpu", lambda _: None, at)
+    assert f"read {folder}" in caplog.messages and "download" not in caplog.text  # nothing is, from a folder
     mapped, other = load_folder(folder, StorageOptions(), "cpu", lambda _: None, at)
     assert was and not other
     same(streamed.pipeline, mapped.pipeline)

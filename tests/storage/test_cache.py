@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import StartupError
-from runtime.storage import cache as cache_module
-from runtime.storage.cache import CacheWriter, complete, newest
+from runtime.storage import cache_writer, staged_file
+from runtime.storage.cache_writer import CacheWriter
+from runtime.storage.copies import DAY, complete, newest
 from runtime.storage.fetch import fetch
 from runtime.storage.registry import open_source, resolve
 from tests.storage.conftest import MIB, WAIT_SECONDS, content, ended, needed
@@ -71,7 +72,7 @@ def test_after_a_kill_only_what_is_missing_is_fetched(large, root, bucket, fill,
 
 def test_chunks_are_kept_though_none_comes_after_them(large, root, options, monkeypatch):
     """Eight ranges side by side on a slow network all end at once, then nothing ends for seconds."""
-    monkeypatch.setattr(cache_module, "SYNC_SECONDS", 0.05)
+    monkeypatch.setattr(cache_writer, "SYNC_SECONDS", 0.05)
     with contextlib.closing(open_source(large, options())) as source, CacheWriter(root, source) as writer:
         spans = writer.missing()[:3]
         fetch(source, spans, [memoryview(bytearray(16 * MIB)) for _ in spans], writer.write)
@@ -84,9 +85,9 @@ def test_what_the_disk_refuses_while_nothing_comes_ends_the_download(large, root
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache_module, "SYNC_SECONDS", 0.05)
+    monkeypatch.setattr(cache_writer, "SYNC_SECONDS", 0.05)
     with contextlib.closing(open_source(large, options())) as source, CacheWriter(root, source) as writer:
-        monkeypatch.setattr(cache_module, "_flush", full)
+        monkeypatch.setattr(staged_file, "_flush", full)
         span = writer.missing()[0]
         with contextlib.suppress(StartupError):  # the thread may have met it already
             writer.write(span, memoryview(bytearray(span.length)))
@@ -198,12 +199,12 @@ def test_what_nobody_uses_is_removed(uri, root, bucket, options):
     for folder in (stale, elsewhere):
         folder.mkdir()
         os.utime(folder, (0, time.time() - 3600))
-    os.utime(old / "COMPLETE", (0, time.time() - 2 * cache_module.DAY))
+    os.utime(old / "COMPLETE", (0, time.time() - 2 * DAY))
     (bucket / "m/vae/config.json").write_text("{ }")
     new = resolve(uri, options())
     assert not old.exists() and new.is_dir() and other.is_dir()
     assert not stale.exists() and elsewhere.exists()
-    os.utime(elsewhere, (0, time.time() - 2 * cache_module.DAY))
+    os.utime(elsewhere, (0, time.time() - 2 * DAY))
     resolve(uri, options())
     assert not elsewhere.exists()
 

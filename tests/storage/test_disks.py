@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import StartupError
-from runtime.storage import cache as cache_module
-from runtime.storage.cache import CacheWriter
+from runtime.storage import copies
+from runtime.storage.cache import cached
+from runtime.storage.cache_writer import CacheWriter
 from runtime.storage.registry import open_source, resolve
 from tests.storage.conftest import MIB, WAIT_SECONDS, ended, told, write_model
 from tests.storage.servers import Fault, proxy_to, rclone
@@ -69,7 +70,7 @@ def test_a_file_that_may_not_be_that_large(uri, root, options):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10 * MIB, before[1]))
         try:
             with pytest.raises(StartupError, match="a file of this size is not allowed") as raised:
-                cache_module.cached(source, options())
+                cached(source, options())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(raised.value) and str(root) in str(raised.value)
@@ -103,15 +104,15 @@ def test_a_read_only_volume_serves_what_it_holds(uri, fill, options, tmp_path, b
 
 
 def test_without_cache_dir_a_folder_of_the_users_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(cache_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(copies.tempfile, "gettempdir", lambda: str(tmp_path))
     from runtime.storage.options import StorageOptions
 
-    folder = cache_module.cache_folder(StorageOptions())
+    folder = copies.cache_folder(StorageOptions())
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
     folder.rmdir()
     folder.symlink_to("/")
     with pytest.raises(StartupError, match="belongs to somebody else"):
-        cache_module.cache_folder(StorageOptions())
+        copies.cache_folder(StorageOptions())
 
 
 # --- size

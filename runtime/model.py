@@ -59,6 +59,11 @@ SOUND_SECONDS = 60.0  # an engine that served so long begins a new row
 BACKOFF_SECONDS = 1.0  # before the first restart of a dead engine; doubles with each
 
 
+def deaths_in_a_row(before: int, served: float) -> int:
+    """With that of an engine that has `served` so many seconds."""
+    return 1 if served > SOUND_SECONDS else before + 1
+
+
 class DiffusionModel(Model):  # type: ignore[misc]
     """One diffusers pipeline behind v1 and v2. Ready exactly while its engine is."""
 
@@ -145,7 +150,7 @@ class DiffusionModel(Model):  # type: ignore[misc]
             self._checker = None
             if self.engine.state == UNLOADED:
                 continue
-            failures = 1 if time.monotonic() - ready_at > SOUND_SECONDS else failures + 1
+            failures = deaths_in_a_row(failures, time.monotonic() - ready_at)
             metrics.RESTARTS.labels(self.name).inc()
             if failures > MAX_ENGINE_FAILURES:
                 raise StartupError(f"the engine died {failures} times in a row: {self.engine.reason}")

@@ -108,7 +108,9 @@ def moves_whole(device: Device, decisions: Mapping[str, Decision]) -> bool:
 
 
 def _placed(placement: Placement, name: str) -> Decision:
-    return placement.offload if name == "cpu_offload" else Decision(False, "this family's models take turns instead")
+    if name == "cpu_offload" or not placement.offload.on:
+        return placement.offload
+    return Decision(False, "this family's models take turns instead")
 
 
 def apply(

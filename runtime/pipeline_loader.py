@@ -119,7 +119,7 @@ def load_pipeline(
     if stream is not None:
         if not low_cpu_mem:
             raise CannotStreamError("ENABLE_LOW_CPU_MEM is false")
-        if stream.local and not whole:
+        if not whole and (stream.local or placement is not None or sum(sizes.values()) > limit):
             raise CannotStreamError("weights that do not go to the device as they come are mapped from their files")
         target = device.torch if whole else torch.device("cpu")
         models = stream.components(component_entries(index), target, dtypes.of)

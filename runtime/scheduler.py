@@ -51,6 +51,7 @@ class Job:
     steps: dict[str, int] = field(default_factory=dict)  # by stage, through all of its pictures
     fraction: float = 0.0  # from 0 to 1, never back but when it is run once more
     advanced: float = 0.0  # when it last went on
+    paced: tuple[float, float] | None = None  # when its first denoising step was done, and the fraction then
     logged: float = 0.0
     on_start: Callable[[], None] = field(default=lambda: None, repr=False)
 
@@ -69,9 +70,11 @@ class Job:
         if self.started is None:
             return self.cost
         now = time.monotonic()
-        if self.fraction and self.progress is not None and self.progress.stage == "denoise":  # its own speed
-            spent = self.advanced - self.started
-            return max(0.0, spent / self.fraction * (1 - self.fraction) - (now - self.advanced))
+        if self.paced is not None and self.fraction > self.paced[1]:  # its own speed
+            spent, done = self.advanced - self.paced[0], self.fraction - self.paced[1]
+            return max(0.0, spent / done * (1 - self.fraction) - (now - self.advanced))
+        if self.paced is not None:
+            return max(0.0, self.cost * (1 - self.fraction) - (now - self.advanced))
         return max(0.0, self.cost * max(1.0, self.batch_pictures / self.request.n) - (now - self.started))
 
 
@@ -274,6 +277,8 @@ class Scheduler:
             job.progress, job.advanced = progress, (now := time.monotonic())
             job.steps[progress.stage] = progress.step
             job.fraction = max(job.fraction, self._fraction(job.request, progress))
+            if progress.stage == "denoise" and job.paced is None:
+                job.paced = (now, job.fraction)
             self.on_advance(progress.stage, max(0, progress.step - before))
             if now - max(job.logged, job.started or now) > LOG_PROGRESS_SECONDS:
                 job.logged = now
@@ -299,7 +304,7 @@ class Scheduler:
             if job.attempts < MAX_ATTEMPTS and self._engine.state != UNLOADED and not job.result.done():
                 log(logging.WARNING, "the engine ended under a request; it runs once more", **_ids(job))
                 job.ticket = job.started = job.progress = None
-                job.steps, job.fraction = {}, 0.0
+                job.steps, job.fraction, job.paced = {}, 0.0, None
                 self._waiting = deque(sorted([*self._waiting, job], key=lambda waiting: waiting.number))
                 self._wake.set()
             elif not job.result.done():

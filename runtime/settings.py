@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from runtime.errors import StartupError, shown
 from runtime.families.base import Limits
 from runtime.jobs.store import Lifetimes
+from runtime.logs import log
 from runtime.storage.options import StorageOptions
 from runtime.types import Acceleration
 
@@ -70,6 +73,8 @@ def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
 
 # field -> variables of other programs that mean the same
 ALSO_READ = {"aws_anonymous": ("awsAnonymousCredential",), "hf_hub_offline": ("TRANSFORMERS_OFFLINE",)}
+
+MOUNT_SECONDS = 5.0  # then a CACHE_DIR that does not answer is done without; until then no port is open
 
 Tristate = Annotated[Literal["auto", "true", "false"], BeforeValidator(_tristate)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -316,12 +321,13 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
             given[name] = (variable, value)
         if flags[name] is not None:
             given[name] = (f"--{name}", flags[name].strip())
+
+    def both(first: str, second: str) -> str:
+        return " and ".join(f"{how}={_one_line(value)}" for how, value in (given[first], given[second]))
+
     lines = []
     if "model_id" in given and "model_path" in given and given["model_id"][1] != given["model_path"][1]:
-        lines.append(
-            " and ".join(f"{how}={_one_line(value)}" for how, value in (given["model_id"], given["model_path"]))
-            + " name different models; set one of them"
-        )
+        lines.append(f"{both('model_id', 'model_path')} name different models; set one of them")
     try:
         settings = Settings.model_validate({name: value for name, (_, value) in given.items()})
     except ValidationError as error:
@@ -329,6 +335,9 @@ def load(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
             name = str(problem["loc"][0])
             how, value = given[name]
             lines.append(f"{how}={_one_line(value)}: {problem['msg'].removeprefix('Value error, ')}")
+    else:
+        if settings.warmup_sizes and not settings.warmup:
+            lines.append(f"{both('warmup', 'warmup_sizes')} contradict each other; without a warm-up no size is drawn")
     if lines:
         raise StartupError("\n".join(lines))
     return settings
@@ -342,11 +351,23 @@ def child_environment(**changes: str) -> dict[str, str]:
 def compile_caches(cache_dir: str | None) -> dict[str, str]:
     """Variables that say where compiled kernels are kept, but for those that the environment has: in CACHE_DIR, where
     they outlive the container, else among the temporary files."""
-    home = _own_folder(Path(cache_dir).absolute() / "compiled") if cache_dir else None
+    home = _own_folder_in_time(Path(cache_dir).absolute() / "compiled") if cache_dir else None
     with contextlib.suppress(OSError):  # there is no temporary directory
         home = home or _own_folder(Path(tempfile.gettempdir(), f"diffusion-runtime-{os.getuid()}-compiled"))
     folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"} if home else {}
     return {name: f"{home}/{folder}" for name, folder in folders.items() if not os.environ.get(name)}
+
+
+def _own_folder_in_time(path: Path) -> Path | None:
+    """`_own_folder`, and None for one whose mount hangs: that must not keep the port from opening."""
+    found: list[Path | None] = []
+    thread = threading.Thread(target=lambda: found.append(_own_folder(path)), name="own-folder", daemon=True)
+    thread.start()
+    thread.join(MOUNT_SECONDS)
+    if not found:
+        log(logging.WARNING, f"{path} does not answer; compiled kernels are kept among the temporary files")
+        return None
+    return found[0]
 
 
 def _own_folder(path: Path) -> Path | None:

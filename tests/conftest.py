@@ -199,6 +199,18 @@ def start(tiny_models: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 HOLD = """\
 import os, sys, time
 
+def wait(name):
+    gate = os.path.join(os.path.dirname(__file__), name)
+    if os.path.exists(gate + ".shut"):
+        open(gate + ".held", "w").close()
+    while os.path.exists(gate + ".shut"):
+        time.sleep(0.01)
+
+def audit(event, arguments):
+    if event == "os.mkdir":
+        wait(os.path.basename(os.fsdecode(arguments[0])))
+
+sys.addaudithook(audit)
 if "runtime.engine.worker" in sys.orig_argv:
     from multiprocessing.connection import Connection
 
@@ -206,28 +218,36 @@ if "runtime.engine.worker" in sys.orig_argv:
 
     def held(self, message):
         send(self, message)
-        stage = getattr(message, "name", None)
-        while stage and os.path.exists(os.path.join(os.path.dirname(__file__), f"{stage}.shut")):
-            time.sleep(0.01)
+        if stage := getattr(message, "name", None):
+            wait(stage)
 
     Connection.send = held
 """
 
 
 class Gate:
-    """The engines of servers that are started with `environment` go no further once they have told a stage that is
-    shut: what is asked while they load is asked in time, on however fast a machine."""
+    """Servers that are started with `environment` stand still where a gate is shut: their engines once they have told
+    the stage of that name, and whoever is to make a folder of that name, as if its disk hung. What is asked meanwhile
+    is asked in time, on however fast a machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         (folder / "sitecustomize.py").write_text(HOLD)
         self.environment = {"PYTHONPATH": os.pathsep.join((str(folder), clean_environment()["PYTHONPATH"]))}
 
-    def shut(self, stage: str) -> None:
-        (self._folder / f"{stage}.shut").touch()
+    def shut(self, name: str) -> None:
+        (self._folder / f"{name}.held").unlink(missing_ok=True)
+        (self._folder / f"{name}.shut").touch()
 
-    def open(self, stage: str) -> None:
-        (self._folder / f"{stage}.shut").unlink()
+    def open(self, name: str) -> None:
+        (self._folder / f"{name}.shut").unlink()
+
+    def wait_held(self, name: str) -> None:
+        """Until somebody stands before it."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not (self._folder / f"{name}.held").exists():
+            assert time.monotonic() < deadline, f"nobody came to the gate {name!r}"
+            time.sleep(0.01)
 
 
 @pytest.fixture

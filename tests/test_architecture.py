@@ -23,7 +23,7 @@ TREES = {name: ast.parse(path.read_bytes()) for name, path in SOURCES.items()}
 
 ENGINE_HALF = re.compile(
     r"runtime/(engine/(worker|context|running)|families/\w+/pipeline|device_manager|dtype_selector"
-    r"|families/glm_image/(decoder|kernels|memory|reference|stages|tokens|transformer|weights)"
+    r"|families/glm_image/(decoder|kernels|memory|ops|reference|stages|tokens|transformer|weights)"
     r"|assembly|load_mode|optimization_manager|pipeline_loader|streaming|publish|tiny)\.py"
 )
 # package -> where it may be imported

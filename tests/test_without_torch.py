@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment, free_ports
-from tests.jobs.holds import start_gate
+from tests.conftest import ROOT, Gate, clean_environment, free_ports
 
 # Of the engine's half alone; a name stands for the package, its metadata and its libraries.
 ENGINE_ONLY = ("torch", "functorch", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "triton")
@@ -67,18 +66,18 @@ def test_the_servers_tests_pass(python: Path) -> None:
     assert "skipped" not in made.stdout
 
 
-def test_the_server_answers_probes_and_ends_with_one_line(python: Path, tmp_path: Path) -> None:
+def test_the_server_answers_probes_and_ends_with_one_line(python: Path, tmp_path: Path, gate: Gate) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     http, grpc = free_ports(2)
     log = tmp_path / "log"
-    loading = start_gate(tmp_path / "gate")  # the engine would end before a slow machine has asked
+    gate.shut("loading")  # the engine would end before a slow machine has asked
     with log.open("wb") as output:
         process = subprocess.Popen(
             [python, "-m", "runtime", "--model_id", str(model), "--http_port", str(http), "--grpc_port", str(grpc)],
             cwd=tmp_path,
-            env={**environment(), **loading.environment, "LOG_FORMAT": "json"},
+            env={**environment(), **gate.environment, "LOG_FORMAT": "json"},
             stdout=output,
             stderr=output,
         )
@@ -92,7 +91,7 @@ def test_the_server_answers_probes_and_ends_with_one_line(python: Path, tmp_path
                     live = answer.status == 200
             except urllib.error.URLError:
                 time.sleep(0.02)
-        loading.open()
+        gate.open("loading")
         assert process.wait(SECONDS) == 1
     finally:
         process.kill()

@@ -251,7 +251,7 @@ class EngineClient:
         match message:
             case Stage(name):
                 if name != self.stage.name:
-                    self._stage_ended()
+                    self._stage_ended(message.at)
                 self.stage = message
                 self.load_bytes = max(self.load_bytes, message.done_bytes)
                 self.state = message.name if message.name == WARMING else self.state
@@ -261,7 +261,7 @@ class EngineClient:
                     self._activity, self._alive = activity, self._heard
             case Ready(capabilities, warmup, memory):
                 self.capabilities, self.warmup, self.memory, self.state = capabilities, warmup, memory, READY
-                self._stage_ended()
+                self._stage_ended(message.at)
                 self.ready.set()
             case Fatal(reason):
                 self.state, self.reason = FAILED, reason
@@ -279,11 +279,11 @@ class EngineClient:
                 kind = getattr(errors, error, GenerationFailed)
                 self._fail(job, kind(text))
 
-    def _stage_ended(self) -> None:
-        now = time.monotonic()
-        spent = now - self._stage_begun
+    def _stage_ended(self, at: float) -> None:
+        at = max(at, self._stage_begun)  # two threads of the engine may send in another order than they spoke
+        spent = at - self._stage_begun
         self.load_seconds[self.stage.name] = self.load_seconds.get(self.stage.name, 0.0) + spent
-        self._stage_begun = now
+        self._stage_begun = at
 
     def _on_media(self, job: int, index: int, data: bytes) -> None:
         if ticket := self._tickets.get(job):

@@ -8,8 +8,9 @@ between a cancel and the GPU.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runtime.families.base import Limits
 from runtime.storage.options import StorageOptions
@@ -75,21 +76,24 @@ class Memory:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """How far the start is: downloading, loading or warming, a fraction from 0 to 1, what people read of it, and the
-    bytes that have come."""
+    bytes that have come. `at` is when it was told, by the clock that all processes share: it may be heard later."""
 
     name: str
     fraction: float
     detail: str = ""
     done_bytes: int = 0
+    at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """`warmup` holds what was drawn first and the seconds by stage: what the cost model starts from."""
+    """`warmup` holds what was drawn first and the seconds by stage: what the cost model starts from. `at` is as a
+    Stage's."""
 
     capabilities: Capabilities
     warmup: tuple[tuple[GenerationRequest, Mapping[str, float]], ...]
     memory: Memory
+    at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,18 +273,21 @@ class Engine:
                 self._cancelled.pop(member.job, None)
 
     def _answer(self, members: tuple[Member, ...], rows: int) -> None:
-        """Draw for the members, `rows` pictures in one pass; each is answered once its own are there. What a pass that
-        fails has left over is drawn again one by one: only the member to blame fails."""
+        """Draw for the members, `rows` pictures in one pass; each is answered once its own are there. Where a pass
+        fails, those without an answer are drawn one by one: only the member to blame fails."""
         request_id.set(members[0].request_id)
         left = list(members)
         try:
             for drawn in self._generate(members, rows):
                 left.remove(drawn.member)
-                self._answer_one(drawn)
+                self._answer_one(drawn, idle=not left)
         except Exception as error:
             if _device_is_lost(error):  # nothing this process does on the device will work again
                 log(logging.ERROR, "the device is lost; the engine ends", exc_info=error)
                 end_process_group()
+            if not left:  # nobody to tell
+                log(logging.ERROR, "cleaning up after a generation failed", exc_info=error)
+                return
             if isinstance(error, Cancelled):
                 self._log_stop(left)
             if isinstance(error, Cancelled) or rows == 1 or sum(member.request.n for member in members) == 1:
@@ -299,11 +302,13 @@ class Engine:
         for member in left:
             self._answer((member,), 1)
 
-    def _answer_one(self, drawn: Drawn) -> None:
+    def _answer_one(self, drawn: Drawn, idle: bool) -> None:
         member = drawn.member
+        request_id.set(member.request_id)
         self.send(DeviceFree(member.job))
         if member.job in self._cancelled:
-            self._log_stop([member])
+            if idle:  # nobody else's picture is drawn after it
+                self._log_stop([member])
             self.send(_failed(member, Cancelled("the request was cancelled")))
         else:
             self._encoder.submit(self._deliver, drawn)

@@ -18,8 +18,7 @@ from PIL import Image
 
 from tests.browser.conftest import MILLISECONDS, Open
 from tests.browser.proxy import below
-from tests.conftest import Serve, Server
-from tests.jobs.holds import start_gate
+from tests.conftest import Gate, Serve, Server
 
 pytestmark = pytest.mark.browser
 
@@ -248,10 +247,10 @@ def test_a_server_that_is_gone(start: Callable[..., Server], visit: Open) -> Non
     page.page.goto("about:blank")
 
 
-def test_it_waits_for_the_model(start: Callable[..., Server], visit: Open, tmp_path: Path) -> None:
+def test_it_waits_for_the_model(start: Callable[..., Server], visit: Open, gate: Gate) -> None:
     """A page that is opened while the model loads tells so, and goes on by itself."""
-    loading = start_gate(tmp_path / "gate")
-    server = start("glm-image", **loading.environment)
+    gate.shut("loading")
+    server = start("glm-image", **gate.environment)
 
     def live() -> bool:
         try:
@@ -263,7 +262,7 @@ def test_it_waits_for_the_model(start: Callable[..., Server], visit: Open, tmp_p
     page = visit(server.http, ready=False)
     page.statuses.add(503)
     page.until("window.seen.state.length > 0")
-    loading.open()
+    gate.open("loading")
     page.page.wait_for_selector("#main:not([hidden])", timeout=2 * MILLISECONDS)
     told = page.seen("state")
     assert len(told) > 1 and re.search("loading|warming|start", told[0]) and told[-1] == "ready"

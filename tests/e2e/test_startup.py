@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -74,6 +75,28 @@ def test_stages_are_told_while_the_model_loads(start: Start, gate: Gate) -> None
             time.sleep(0.01)
         gate.open(stage)
     server.wait_ready()
+    assert server.stop() == 0
+
+
+def test_a_stage_is_as_long_as_it_was_however_late_the_server_hears_of_it(start: Start, gate: Gate) -> None:
+    for stage in ("loading", "warming"):
+        gate.shut(stage)
+    begun = time.monotonic()
+    server = start("sd15", **gate.environment)
+    gate.wait_held("loading")
+    server.process.send_signal(signal.SIGSTOP)
+    gate.open("loading")
+    gate.wait_held("warming")
+    loaded = time.monotonic()
+    time.sleep(1)  # in which it warms up, for all the server knows later
+    warmed = time.monotonic()
+    gate.open("warming")
+    server.process.send_signal(signal.SIGCONT)
+    server.wait_ready()
+    told = server.json("GET", "/v2/models/tiny")[1]["properties"]["load_seconds"]
+    rounded = 0.0005
+    assert told["loading"] <= loaded - begun + rounded
+    assert told["warming"] >= warmed - loaded - rounded
     assert server.stop() == 0
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Server
-from tests.e2e.test_startup import ends_with
+from tests.conftest import Gate, Server
+from tests.e2e.test_startup import broken, ends_with
 
 Start = Callable[..., Server]
 
@@ -55,6 +55,24 @@ def test_what_the_model_cannot_do_ends_the_start(start: Start, environment: dict
     assert (status, len(lines)) == (1, 1) and said in lines[0]
 
 
+def test_a_warm_up_that_fails_ends_the_start(start: Start, tiny_models: Path, tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        """The denoiser loads as before, and wants a class at each step."""
+        config = folder / "unet" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_bytes()), "class_embed_type": "identity"}))
+
+    model = broken(tiny_models, tmp_path / "model", change)
+    server = start(model)
+    status, lines = ends_with(server)
+    reason = "class_labels should be provided when num_class_embeds > 0"
+    assert (status, lines) == (1, [f"diffusion-runtime: the warm-up of 64 x 64 failed: {reason}"])
+    (told,) = [line for line in server.log.read_text().splitlines() if '"the warm-up failed"' in line]
+    assert reason in json.loads(told)["traceback"]
+    cold = start(model, WARMUP="false")
+    cold.wait_ready()
+    assert cold.stop() == 0
+
+
 def test_what_is_compiled_is_kept_where_it_may_be(start: Start, tmp_path: Path) -> None:
     """A folder that cannot be made, and the operator's own."""
     (tmp_path / "file").touch()
@@ -71,3 +89,17 @@ def test_what_is_compiled_is_kept_where_it_may_be(start: Start, tmp_path: Path) 
         environment["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/diffusion-runtime-{os.getuid()}-compiled/torchinductor"
     )
     assert server.stop() == 0
+
+
+def test_a_cache_that_hangs_does_not_keep_the_port_closed(start: Start, tmp_path: Path, gate: Gate) -> None:
+    gate.shut("compiled")
+    server = start(
+        "sd15", CACHE_DIR=str(tmp_path / "cache"), TRITON_CACHE_DIR="", TORCHINDUCTOR_CACHE_DIR="", **gate.environment
+    )
+    server.wait_ready()
+    gate.wait_held("compiled")
+    home = f"{tmp_path}/diffusion-runtime-{os.getuid()}-compiled"
+    assert engine_of(server).environ()["TRITON_CACHE_DIR"] == f"{home}/triton"
+    assert f"{tmp_path}/cache/compiled does not answer" in server.log.read_text()
+    assert server.stop() == 0
+    assert not (tmp_path / "cache" / "compiled").exists()

@@ -292,10 +292,42 @@ def test_progress_of_rows_is_their_own(batches: Batches) -> None:
     batches.draw([(pair, 0), (pair, 1), (EDIT, 5)])
     tokens = [[(p.step, p.total) for p in told if p.stage == "tokens"] for told in batches.progress]
     assert tokens[0][-1] == (260, 260) and len(tokens[0]) == 17
-    assert tokens[1] == [], "the first row of a request tells its tokens"
+    assert tokens[1] == [(260, 260)], "of a request's other rows all tokens are there when their picture begins"
     assert tokens[2] == tokens[0]
     for told in batches.progress:
         assert [p.step for p in told if p.stage == "denoise"] == [1, 2, 3]
+
+
+def test_sampling_that_the_decoder_does_not_know_is_drawn_one_by_one(tiny_models: Path) -> None:
+    unknown = Batches(tiny_models / "glm-image")
+    unknown.pipeline.vision_language_encoder.generation_config.top_k = 20
+    alone = [unknown.alone(*row) for row in MIXED[:2]]
+    assert all(np.array_equal(*pair) for pair in zip(unknown.draw(MIXED[:2]), alone, strict=True))
+    for told in unknown.progress:
+        stages = [p.stage for p in told]
+        assert stages == sorted(stages, reverse=True), "each one's tokens, then its picture"
+        for stage in ("tokens", "denoise"):
+            steps = [p.step for p in told if p.stage == stage]
+            assert steps == sorted(set(steps))
+
+
+def test_more_rows_than_a_kernel_holds_are_refused(tiny_models: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny_models / "glm-image")
+    with pytest.raises(StartupError, match="MAX_BATCH_SIZE=65: GLM-Image takes up to 64"):
+        Runner(pipeline, Acceleration(rows=65))
+
+
+def test_a_long_prompts_room_is_given_back(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = batches.runner._tokens.decoder
+    assert stage is not None
+    expected = batches.alone(*MIXED[0])
+    kept = stage._room
+    assert kept is not None
+    monkeypatch.setattr(decoder, "ROOM", kept.keys.shape[3] - 1)
+    batches.alone(*MIXED[0])
+    assert stage._room is None
+    monkeypatch.undo()
+    assert np.array_equal(batches.alone(*MIXED[0]), expected)
 
 
 def test_a_batch_that_is_stopped_leaves_nothing_behind(batches: Batches) -> None:

@@ -262,7 +262,8 @@ def test_a_choice_says_why() -> None:
     whole = chosen(78)
     assert whole is not None and whole.offload.why == f"{need} fit in 78.0 GiB free" and whole.directly
     lossy = chosen(31, host_limit=16 * GIB)
-    assert lossy is not None and lossy.offload.why == f"{need}, 25.3 GiB in 8 bits, fit in 31.0 GiB free"
+    told = need.replace("of weights", "of weights (25.3 GiB with 8-bit ones)")
+    assert lossy is not None and lossy.offload.why == f"{told} fit in 31.0 GiB free"
     assert not lossy.directly, "the plain weights would not fit on the way"
 
 

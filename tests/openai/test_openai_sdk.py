@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,8 +13,8 @@ from openai.types import Image, ImagesResponse
 from openai.types.image_edit_completed_event import ImageEditCompletedEvent
 from openai.types.image_gen_completed_event import ImageGenCompletedEvent
 
-from tests.conftest import Serve, Server
-from tests.jobs.holds import frozen, start_gate
+from tests.conftest import Gate, Serve, Server
+from tests.jobs.holds import frozen
 from tests.openai.clients import ENDLESS, lines, picture, sdk, size_of, state_of, until
 
 KEY = "sk-proj-1234567890"
@@ -231,13 +230,13 @@ def test_one_list_for_two_worlds(serve: Serve) -> None:
     assert (status, told["name"], told["ready"], told["id"], told["object"]) == (200, "tiny", True, "tiny", "model")
 
 
-def test_health(start: Callable[..., Server], serve: Serve, tmp_path: Path) -> None:
+def test_health(start: Callable[..., Server], serve: Serve, gate: Gate) -> None:
     assert serve("sd15").json("GET", "/health") == (200, {"status": "ok"})
-    loading = start_gate(tmp_path / "gate")
-    server = start("glm-image", API_KEY=KEY, **loading.environment)
+    gate.shut("loading")
+    server = start("glm-image", API_KEY=KEY, **gate.environment)
     told = until(lambda: _health(server))
     assert told[0] == 503 and told[1]["error"]
-    loading.open()
+    gate.open("loading")
     server.wait_ready()
     assert server.json("GET", "/health") == (200, {"status": "ok"})  # without a key
 

@@ -7,7 +7,6 @@ import io
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import av
@@ -15,8 +14,8 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.conftest import Serve, Server
-from tests.jobs.holds import frozen, start_gate
+from tests.conftest import Gate, Serve, Server
+from tests.jobs.holds import frozen
 from tests.openai.clients import ENDLESS, error_of, form, lines, picture, sdk, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -509,9 +508,9 @@ def test_a_full_queue(serve: Serve) -> None:
             client.videos.delete(video.id)
 
 
-def test_while_it_loads(start: Callable[..., Server], tmp_path: Path) -> None:
-    loading = start_gate(tmp_path / "gate")
-    server = start("wan-t2v-a14b", **loading.environment)
+def test_while_it_loads(start: Callable[..., Server], gate: Gate) -> None:
+    gate.shut("loading")
+    server = start("wan-t2v-a14b", **gate.environment)
 
     def refused() -> Any:
         try:
@@ -523,6 +522,6 @@ def test_while_it_loads(start: Callable[..., Server], tmp_path: Path) -> None:
     status, headers, content = until(refused)
     assert status == 503 and json.loads(content)["error"]["code"] == "not_ready"
     assert headers["retry-after"] and "x-should-retry" not in headers
-    loading.open()
+    gate.open("loading")
     server.wait_ready()
     assert made(server)["status"] == "completed"

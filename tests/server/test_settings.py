@@ -254,6 +254,14 @@ def test_every_malformed_value_is_told_at_once() -> None:
     assert told == sorted([*environ, "MODEL_ID"])
 
 
+def test_sizes_to_warm_up_without_a_warm_up_end_the_start() -> None:
+    said = "contradict each other; without a warm-up no size is drawn"
+    assert wrong(WARMUP="false", WARMUP_SIZES="64x64") == [f"WARMUP=false and WARMUP_SIZES=64x64 {said}"]
+    assert wrong(["--warmup", "no"], WARMUP_SIZES="64x64") == [f"--warmup=no and WARMUP_SIZES=64x64 {said}"]
+    assert load([], {"WARMUP": "true", "WARMUP_SIZES": "64x64"}).warmup_sizes == ((64, 64),)
+    assert load([], {"WARMUP": "false", "WARMUP_SIZES": " "}).warmup_sizes == ()
+
+
 @pytest.mark.parametrize("name", ["model_name", "http_port", "dtype", "enable_vae_tiling", "log_prompts"])
 def test_a_value_of_several_lines_is_told_in_one(name: str) -> None:
     (line,) = wrong(**{name.upper(): "first\nsecond\r\nthird"})

@@ -15,6 +15,7 @@ from runtime.families.glm_image.weights import fused, weight_of
 
 CHUNK = 16  # tokens between two looks at whether to stop
 AHEAD = 4  # tokens still to run when the next chunk is given to the device
+MOST_ROWS = 64  # more do not fit into a block's shared memory
 ROOM = 4096  # positions, and new tokens, that there is room for at first; it doubles where a request needs more
 
 
@@ -110,6 +111,15 @@ class Decoder:
     ) -> list[torch.Tensor]:
         """Each prompt's `count` ids, of shape (count,). Up to `rows` prompts, of one sampling; each row's noise is its
         generator's."""
+        try:
+            return self._run(prompts, generators, context)
+        finally:
+            if self._room is not None and self._room.keys.shape[3] > ROOM:  # one long prompt's room, for every row
+                self._room = self._graph = None
+
+    def _run(
+        self, prompts: Sequence[Prompt], generators: Sequence[torch.Generator], context: Context
+    ) -> list[torch.Tensor]:
         self._begin(prompts)
         assert self._room is not None
         counts = [prompt.count for prompt in prompts]

@@ -457,10 +457,11 @@ def _tile(table: dict[tuple[int, ...], Tile], n: int, k: int, weight: Weight, me
     return table[(n, k, size)] if measured and (n, k, size) in table else table[(size,)]
 
 
-def _roomy(device: torch.device) -> bool:
-    if device.type != "cuda":
+def _measured(x: torch.Tensor) -> bool:
+    """Whether the tiles that were measured fit: with eight rows, on a card with Hopper's shared memory."""
+    if x.device.type != "cuda" or len(x) > 32:
         return False
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = torch.cuda.current_device() if x.device.index is None else x.device.index
     limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return limit >= ROOMY
 
@@ -500,7 +501,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torc
     scales, bias = weight.scales if weight.scales is not None else x, bias if bias is not None else x
     options = _options(chains(out.device))
     if len(x) > 1:
-        block_n, block_k, warps, stages = _tile(ROWS_LINEAR, n, k, weight, _roomy(x.device))
+        block_n, block_k, warps, stages = _tile(ROWS_LINEAR, n, k, weight, _measured(x))
         _rows_linear_kernel[(triton.cdiv(n, block_n),)](
             x,
             weight.values,
@@ -544,7 +545,7 @@ def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> None:
     scaled, scales = weight.scales is not None, weight.scales if weight.scales is not None else x
     options = _options(chains(out.device))
     if len(x) > 1:
-        block_n, block_k, warps, stages = _tile(ROWS_GATED, n, k, weight, _roomy(x.device))
+        block_n, block_k, warps, stages = _tile(ROWS_GATED, n, k, weight, _measured(x))
         _rows_gated_kernel[(triton.cdiv(n, block_n),)](
             x,
             weight.values,

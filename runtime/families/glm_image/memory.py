@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from runtime.checkpoint import read_header, weight_files
+from runtime.checkpoint import read_header, read_json, weight_files
 from runtime.device_manager import Device
+from runtime.families.glm_image.ops import compiled
 from runtime.families.glm_image.stages import Stages, attach
 from runtime.families.glm_image.weights import DENOISER_LINEARS, TOKEN_LINEARS, eight_bits
 from runtime.logs import log
@@ -64,20 +65,19 @@ def choose(
     """The first that fits; None where nothing does. `offload` is ENABLE_CPU_OFFLOAD. `capability` is (0, 0) where no
     number may become an 8-bit one."""
     rows = asked.rows * ROW_BYTES
-    need = f"{gib(sizes.all)} of weights and a working set of {gib(rows + PICTURE_BYTES)}"
     for token_weights, denoiser_weights in _numbers(asked, capability):
         kept = sizes.kept(token_weights, denoiser_weights)
-        lossy = f", {gib(kept.all)} in 8 bits" if kept != sizes else ""
+        lossy = f" ({gib(kept.all)} with 8-bit ones)" if kept != sizes else ""
+        need = f"{gib(sizes.all)} of weights{lossy} and a working set of {gib(rows + PICTURE_BYTES)}"
         whole = kept.all + rows + PICTURE_BYTES
         stages = (kept.tokens + PROMPT_BYTES, kept.denoiser + FORWARD_BYTES, PICTURE_BYTES)
-        fits = f"{need}{lossy}, fit" if lossy else f"{need} fit"
         chosen = replace(asked, token_weights=token_weights, denoiser_weights=denoiser_weights)
         if offload != "true" and whole <= free:
             directly = sizes.all + (CONVERSION_BYTES if lossy else 0) <= free
-            return Placement(Decision(False, f"{fits} in {gib(free)} free"), chosen, directly)
+            return Placement(Decision(False, f"{need} fit in {gib(free)} free"), chosen, directly)
         held = kept.tokens + kept.denoiser <= host_limit or offload == "true"
         if offload != "false" and held and kept.rest + rows + max(stages) <= free:
-            why = f"{need}{lossy} do not fit in {gib(free)} free; the token model and the DiT take turns on the device"
+            why = f"{need} do not fit in {gib(free)} free; the token model and the DiT take turns on the device"
             return Placement(Decision(True, why), chosen, False)
     return None
 
@@ -107,7 +107,9 @@ def plan_memory(
     has no say."""
     if device.type != "cuda" or free is None or optimizations.get("sequential_cpu_offload") == "true":
         return None
-    halves = all(dtypes.of(name) == torch.bfloat16 for name in (TOKEN_MODEL, DENOISER))
+    if any("quantization_config" in read_json(folder / name / "config.json") for name in (TOKEN_MODEL, DENOISER)):
+        return None
+    halves = all(dtypes.of(name) == torch.bfloat16 for name in (TOKEN_MODEL, DENOISER)) and compiled() is not None
     found = choose(
         sizes_of(folder, sizes, dtypes),
         asked,

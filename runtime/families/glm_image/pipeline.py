@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,16 @@ from runtime.engine.context import Context
 from runtime.engine.running import FreshScheduler, Hooks, cpu_generator, stock_variant
 from runtime.errors import Cancelled, StartupError
 from runtime.families.glm_image import reference
+from runtime.families.glm_image.decoder import MOST_ROWS
 from runtime.families.glm_image.memory import LEAST
 from runtime.families.glm_image.memory import place_weights as place_weights
 from runtime.families.glm_image.memory import plan_memory as plan_memory
+from runtime.families.glm_image.ops import batching_ops, hook, name_of, ops_of
 from runtime.families.glm_image.request import MULTIPLE, source_size
 from runtime.families.glm_image.stages import take
 from runtime.families.glm_image.tokens import TokenStage, Wanted
 from runtime.families.glm_image.transformer import Denoiser, attention_backend
 from runtime.families.glm_image.weights import DENOISER_LINEARS, TOKEN_LINEARS, eight_bits
-from runtime.logs import log
 from runtime.types import PLAIN, Acceleration, GenerationRequest, Progress, SourceImage
 
 
@@ -35,8 +34,8 @@ def facts(pipeline: Any, folder: Path) -> dict[str, Any]:
     return {
         "video": False,
         # Sequential offload brings layers to the device by `forward`; sources' tokens come from other methods.
-        "edits": not any(map(_hook, pipeline.vision_language_encoder.model.vqmodel.modules())),
-        "batches": _batching_ops(pipeline.vision_language_encoder) is not None,
+        "edits": not any(map(hook, pipeline.vision_language_encoder.model.vqmodel.modules())),
+        "batches": batching_ops(pipeline.vision_language_encoder) is not None,
         "special_tokens": [*pipeline.processor.tokenizer.all_special_tokens, pipeline.processor.image_token],
         "source_shortest_edge": round(math.sqrt(size["shortest_edge"])),
         "source_longest_edge": round(math.sqrt(size["longest_edge"])),
@@ -70,19 +69,21 @@ class Runner:
         self._scheduler = FreshScheduler(pipeline)
         self._facts = facts(pipeline, Path())
         encoder, transformer = pipeline.vision_language_encoder, pipeline.transformer
-        ops, denoiser_ops = _ops(encoder, fast), _ops(transformer, fast)
+        ops, denoiser_ops = ops_of(encoder, fast), ops_of(transformer, fast)
         if fast is None and acceleration.rows > 1:
-            ops = _batching_ops(encoder)
+            ops = batching_ops(encoder)
         token_weights, eight = acceleration.token_weights, acceleration.denoiser_weights == "float8"
         _check_8_bit("TOKEN_WEIGHTS", token_weights, encoder, ops)
         _check_8_bit("DENOISER_WEIGHTS", acceleration.denoiser_weights, transformer, denoiser_ops)
+        if ops is not None and acceleration.rows > MOST_ROWS:
+            raise StartupError(f"MAX_BATCH_SIZE={acceleration.rows}: GLM-Image takes up to {MOST_ROWS}")
         book = transformer.config.prior_vq_quantizer_codebook_size
         if token_weights != "plain":
             eight_bits(encoder, TOKEN_LINEARS, token_weights, encoder.device)
         take(pipeline, "tokens")  # views are made of what is there
         self._tokens = TokenStage(encoder, book, ops, acceleration.rows)
         self._denoiser: Denoiser | None = None
-        self.variant = f"tokens by {_name(ops)}" + (f" from {token_weights}" if token_weights != "plain" else "")
+        self.variant = f"tokens by {name_of(ops)}" + (f" from {token_weights}" if token_weights != "plain" else "")
         if ops is not None and acceleration.rows > 1:
             self.variant += f", {acceleration.rows} rows"
         if denoiser_ops is not None:
@@ -91,7 +92,7 @@ class Runner:
                 eight_bits(transformer, DENOISER_LINEARS, "float8", transformer.device)
             take(pipeline, "denoise")
             self._denoiser = Denoiser(transformer, denoiser_ops, backend)
-            self.variant += f", DiT by {_name(denoiser_ops)}" + (" in float8" if eight else "")
+            self.variant += f", DiT by {name_of(denoiser_ops)}" + (" in float8" if eight else "")
             self.variant += f", {backend} attention"
         else:
             stock = stock_variant(pipeline, replace(PLAIN, attention=acceleration.attention))
@@ -106,17 +107,25 @@ class Runner:
         None for one that nobody waits for any more. Each row's context is its own; the tokens' progress is told to the
         first row of each request."""
         firsts = [own for i, own in enumerate(context.rows) if i == 0 or rows[i][0] is not rows[i - 1][0]]
+        done: Progress | None = None
 
         def told(progress: Progress) -> None:
+            nonlocal done
+            done = progress
             for own in firsts:
                 own.on_progress(progress)
 
         together = Context(context.device, context.should_stop, told)
-        tokens = self._prior_tokens(rows, together)
-        context.timings.update(together.timings)
-        for (request, seed), own, given in zip(rows, context.rows, tokens, strict=True):
+        tokens: list[dict[str, Any]] | None = None
+        if self._tokens.together:
+            tokens = self._prior_tokens(rows, together)
+            context.timings.update(together.timings)
+        for i, ((request, seed), own) in enumerate(zip(rows, context.rows, strict=True)):
             try:
                 own.check()
+                if tokens is not None and done is not None and own not in firsts:
+                    own.on_progress(done)
+                given = self._prior_tokens([(request, seed)], own)[0] if tokens is None else tokens[i]
                 yield self._picture(request, seed, given, own)
             except Cancelled:
                 yield None
@@ -191,8 +200,8 @@ class Runner:
         arguments: dict[str, Any] = {}
         if images is not None:
             sources = grids[: len(images)]
-            if isinstance(_hook(encoder), CpuOffload):  # it moves weights before `forward`, and these are other methods
-                _hook(encoder).pre_forward(encoder)
+            if isinstance(hook(encoder), CpuOffload):  # it moves weights before `forward`, and these are other methods
+                hook(encoder).pre_forward(encoder)
             features = encoder.get_image_features(inputs["pixel_values"], sources).pooler_output
             ids = encoder.get_image_tokens(torch.cat(features, dim=0), sources)
             upsampled = [
@@ -211,45 +220,6 @@ class Runner:
         return wanted, (slice(offset, offset + rows * columns), (rows, columns)), arguments
 
 
-def _hook(module: Any) -> Any:
-    return getattr(module, "_hf_hook", None)
-
-
-def _ops(model: Any, fast: bool | None) -> Any:
-    """The module that does a model's arithmetic the fast way; None where the stock model does it."""
-    modules = list(model.modules())
-    # Offload moves weights between forwards; adapters and quantization put other layers in the place of linear ones.
-    plain = not any(map(_hook, modules)) and len({weight.dtype for weight in model.parameters()}) == 1
-    plain &= all(type(module) is torch.nn.Linear for module in modules if isinstance(module, torch.nn.Linear))
-    if fast is False or not plain:
-        return None
-    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
-        return reference if fast else None
-    return _kernels()
-
-
-def _batching_ops(encoder: Any) -> Any:
-    """What takes several requests' tokens at once: on a CPU `reference`."""
-    return _ops(encoder, True if encoder.device.type == "cpu" else None)
-
-
-@cache
-def _kernels() -> Any:
-    """None where they cannot be compiled."""
-    try:
-        import triton
-
-        from runtime.families.glm_image import kernels
-
-        _ = triton.runtime.driver.active.utils  # compiles a stub in C, as each kernel's launcher will
-    except Exception as error:  # no Triton, no compiler, no headers: slower, and no reason not to serve
-        log(
-            logging.WARNING, "GLM-Image runs by stock: its kernels cannot be compiled", reason=str(error).split("\n")[0]
-        )
-        return None
-    return kernels
-
-
 def _check_8_bit(setting: str, weights: str, model: Any, ops: Any) -> None:
     """8-bit numbers are for the fast path, and float8 for GPUs that have it. Raises StartupError."""
     if weights == "plain" or ops is reference:
@@ -261,7 +231,3 @@ def _check_8_bit(setting: str, weights: str, model: Any, ops: Any) -> None:
         raise StartupError(f"{asked}: this GPU has no float8; TOKEN_WEIGHTS=int8 is what it can do")
     if model.dtype != torch.bfloat16:
         raise StartupError(f"{asked}: is for DTYPE=bfloat16, not {model.dtype}")
-
-
-def _name(ops: Any) -> str:
-    return ops.__name__.rpartition(".")[2] if ops else "stock"

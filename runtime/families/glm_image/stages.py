@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from runtime.device_manager import free_memory
+from runtime.engine.context import Context
 from runtime.families.glm_image.weights import attentions
 
 ALIGNMENT = 256
@@ -153,6 +154,7 @@ class _Staging:
         torch.cuda.current_stream(self._device).synchronize()
 
     def _chunk(self, laid: Laid, begin: int) -> None:
+        Context.activity += 1  # files that are no longer in the page cache take their time
         end = min(begin + CHUNK, laid.size)
         staging, copied = self._ring.get()
         try:

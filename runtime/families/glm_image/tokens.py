@@ -56,6 +56,7 @@ class TokenStage:
         # The head can say more ids than the DiT's embedding has rows; the end token would shorten the picture.
         self._outside_book = list(range(book, encoder.config.text_config.vision_vocab_size))
         self.decoder = Decoder(encoder, book, ops, rows) if ops else None
+        self.together = self.decoder is not None  # whether several requests gain from one call
 
     def generate(self, requests: Sequence[Wanted], context: Context) -> list[torch.Tensor]:
         """Each request's `count` ids of the code book, of shape (count,), drawn as torch.multinomial does on the CPU:
@@ -97,6 +98,7 @@ class TokenStage:
             known = sampling(logits_processor, self._book)
             if self.decoder is not None and known is not None:
                 return self.decoder.prompt(outputs, wanted.count, known)
+            self.together = False  # the checkpoint's sampling is more than the decoder knows
             return self._stock(input_ids, outputs, logits_processor, model_kwargs, wanted, context)
 
         return method

@@ -4,9 +4,9 @@ Bytes go through a ring of a few buffers, pinned where the device is CUDA, and f
 of, on the device, in the checkpoint's format; a complete tensor is cast there if it has to be. Models are put together
 of those tensors. Where a cache is asked for, the same buffers are written to it in the same pass.
 
-Host memory is DOWNLOAD_THREADS x 16 MiB, whatever the model's size. Device memory is the model, and the tensors that
-arrive in another format than they are kept in. Every range is read with the version that was listed; a published
-model's chunks are checked against their sha256.
+Host memory is DOWNLOAD_THREADS x 16 MiB, whatever the model's size, where the device has memory of its own. Device
+memory is the model, and the tensors that arrive in another format than they are kept in. Every range is read with the
+version that was listed; a published model's chunks are checked against their sha256.
 """
 
 from __future__ import annotations

@@ -37,33 +37,21 @@ def function(tree: ast.AST, name: str) -> ast.AST:
 
 
 def passed(half: ModuleType) -> set[str]:
-    """Every name that `Runner.run` may pass to the pipeline, `**dicts` and the callback of Hooks.call included."""
+    """Every name that the Runner may pass to the pipeline, `**dicts` and the callback of Hooks.call included."""
     tree = ast.parse(inspect.getsource(half))
-    run = function(tree, "run")
+    run = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and "self._hooks.call(" in ast.unparse(node)
+    )
     (call,) = (n for n in ast.walk(run) if isinstance(n, ast.Call) and ast.unparse(n.func) == "self._hooks.call")
     names = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
     for keyword in call.keywords:
         if keyword.arg is not None:
             continue
-        variable = ast.unparse(keyword.value)
-        names |= keys_stored(run, variable)
-        # a dict that another method gives: `tokens = self._prior_tokens(…)`
-        for node in ast.walk(run):
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable:
-                assert isinstance(node.value, ast.Call | ast.Dict), variable
-                if isinstance(node.value, ast.Call):
-                    names |= returned_keys(function(tree, node.value.func.attr))  # type: ignore[attr-defined]
+        names |= keys_stored(run, ast.unparse(keyword.value))
     hooks = function(ast.parse(inspect.getsource(running)), "call")
     return (names | keys_stored(hooks, "arguments")) - OWN
-
-
-def returned_keys(method: ast.AST) -> set[str]:
-    names = set()
-    for node in ast.walk(method):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
-            for key, value in zip(node.value.keys, node.value.values, strict=True):
-                names |= keys_stored(method, ast.unparse(value)) if key is None else {ast.literal_eval(key)}
-    return names
 
 
 def signature(class_name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,27 @@ def warmup(facts: dict[str, Any]) -> GenerationRequest:
         guidance_scale=1.5,
         max_sequence_length=64,
     )
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What the DiT takes from the token stage: a picture's ids, and those of its sources with their grids."""
+
+    ids: torch.Tensor
+    source_ids: list[torch.Tensor] | None
+    source_grids: list[torch.Tensor] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request wants of the token stage, where its picture's grid lies in the ids, its rows and columns, and what
+    there is of its sources."""
+
+    wanted: Wanted
+    grid: slice
+    shape: tuple[int, int]
+    source_ids: list[torch.Tensor] | None
+    source_grids: list[torch.Tensor] | None
 
 
 class Runner:
@@ -116,7 +137,7 @@ class Runner:
                 own.on_progress(progress)
 
         together = Context(context.device, context.should_stop, told)
-        tokens: list[dict[str, Any]] | None = None
+        tokens: list[Prior] | None = None
         if self._tokens.together:
             tokens = self._prior_tokens(rows, together)
             context.timings.update(together.timings)
@@ -130,7 +151,7 @@ class Runner:
             except Cancelled:
                 yield None
 
-    def _picture(self, request: GenerationRequest, seed: int, tokens: dict[str, Any], context: Context) -> Image.Image:
+    def _picture(self, request: GenerationRequest, seed: int, prior: Prior, context: Context) -> Image.Image:
         """What the DiT makes of the tokens."""
         pipeline = self._pipeline
         pipeline.scheduler = self._scheduler()
@@ -148,7 +169,9 @@ class Runner:
                 guidance_scale=request.guidance_scale,
                 max_sequence_length=request.max_sequence_length,
                 generator=cpu_generator(seed),
-                **tokens,
+                prior_token_ids=prior.ids,
+                prior_token_image_ids=prior.source_ids,
+                source_image_grid_thw=prior.source_grids,
             )
         finally:
             if self._denoiser is not None:
@@ -163,26 +186,23 @@ class Runner:
         return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
     @torch.no_grad()
-    def _prior_tokens(self, rows: list[tuple[GenerationRequest, int]], context: Context) -> list[dict[str, Any]]:
-        """For each request and seed the DiT's prior arguments. Follows GlmImagePipeline.generate_prior_tokens, with a
-        sampler that draws from the request's own generator, stays within the code book and can be stopped."""
+    def _prior_tokens(self, rows: list[tuple[GenerationRequest, int]], context: Context) -> list[Prior]:
+        """Of each request and seed. Follows GlmImagePipeline.generate_prior_tokens, with a sampler that draws from the
+        request's own generator, stays within the code book and can be stopped."""
         with context.stage("tokens"):
             take(self._pipeline, "tokens")
             try:
                 asked = [self._asked(request, seed) for request, seed in rows]
-                sampled = self._tokens.generate([wanted for wanted, _, _ in asked], context)
+                sampled = self._tokens.generate([one.wanted for one in asked], context)
             finally:
                 self._tokens.forget()
+        upsampled = self._pipeline._upsample_token_ids
         return [
-            {"prior_token_ids": self._pipeline._upsample_token_ids(ids[place], *shape), **sources}
-            for ids, (_, (place, shape), sources) in zip(sampled, asked, strict=True)
+            Prior(upsampled(ids[one.grid], *one.shape), one.source_ids, one.source_grids)
+            for ids, one in zip(sampled, asked, strict=True)
         ]
 
-    def _asked(
-        self, request: GenerationRequest, seed: int
-    ) -> tuple[Wanted, tuple[slice, tuple[int, int]], dict[str, Any]]:
-        """What a request wants of the token stage, where its picture's grid lies in the ids and of which shape it is,
-        and the DiT's arguments of its sources."""
+    def _asked(self, request: GenerationRequest, seed: int) -> Asked:
         pipeline, images = self._pipeline, [self._resized(image) for image in request.images] or None
         encoder, device = pipeline.vision_language_encoder, pipeline._execution_device
         content = [{"type": "image", "image": image} for image in images or []]
@@ -197,7 +217,7 @@ class Runner:
         new_tokens, offset, rows, columns = pipeline._compute_generation_params(
             image_grid_thw=grids, is_text_to_image=images is None
         )
-        arguments: dict[str, Any] = {}
+        source_ids = source_grids = None
         if images is not None:
             sources = grids[: len(images)]
             if isinstance(hook(encoder), CpuOffload):  # it moves weights before `forward`, and these are other methods
@@ -211,13 +231,10 @@ class Runner:
                 )
             ]
             scale = torch.tensor([1, 2, 2], device=sources.device)
-            arguments = {
-                "prior_token_image_ids": [torch.cat(upsampled, dim=0)],
-                "source_image_grid_thw": [sources * scale],
-            }
+            source_ids, source_grids = [torch.cat(upsampled, dim=0)], [sources * scale]
         # Stock samples one token more, for an end that nothing reads.
         wanted = Wanted(inputs, new_tokens - 1, cpu_generator(seed))
-        return wanted, (slice(offset, offset + rows * columns), (rows, columns)), arguments
+        return Asked(wanted, slice(offset, offset + rows * columns), (rows, columns), source_ids, source_grids)
 
 
 def _check_8_bit(setting: str, weights: str, model: Any, ops: Any) -> None:

@@ -115,6 +115,7 @@ class Decoder:
             return self._run(prompts, generators, context)
         finally:
             if self._room is not None and self._room.keys.shape[3] > ROOM:  # one long prompt's room, for every row
+                context.synchronize()  # a cancel leaves steps in flight
                 self._room = self._graph = None
 
     def _run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,12 @@ import torch
 
 from runtime import tiny
 from runtime.device_manager import detect_device, free_memory
-from runtime.engine.context import Context
-from runtime.engine.running import clean, isolated_random_state
 from runtime.families.glm_image.pipeline import Runner
 from runtime.families.glm_image.stages import CHUNK, Stages, stages_of
 from runtime.optimization_manager import OPTIMIZATIONS
 from runtime.pipeline_loader import LoadedPipeline, load_pipeline
-from runtime.types import PLAIN, Acceleration, GenerationRequest
-from tests.glm import TEXT, source
+from runtime.types import PLAIN, Acceleration
+from tests.glm import TEXT, drawn, source
 
 pytestmark = pytest.mark.gpu
 
@@ -50,14 +47,6 @@ def loaded(folder: Path, dtype: str, offload: str, acceleration: Acceleration = 
     return load_pipeline(folder, "cuda", dtype, settings, lambda *_: None, None, acceleration)
 
 
-def drawn(pipeline: Any, runner: Runner, request: GenerationRequest, seed: int) -> Any:
-    try:
-        with isolated_random_state(seed, DEVICE):
-            return np.asarray(runner.run(request, seed, Context(DEVICE, lambda: False, lambda _: None)))
-    finally:
-        clean(pipeline)
-
-
 @pytest.mark.parametrize(
     ("dtype", "acceleration"), [("bfloat16", PLAIN), ("float32", PLAIN), ("bfloat16", EIGHT)], ids=str
 )
@@ -72,7 +61,8 @@ def test_in_turns_it_draws_the_same_bytes(folder: Path, dtype: str, acceleration
     blockers = []
     for seed, request in enumerate(REQUESTS):
         expected, found = (
-            drawn(one.pipeline, runner, request, seed) for one, runner in zip((whole, turns), runners, strict=True)
+            drawn(one.pipeline, runner, request, seed, DEVICE)
+            for one, runner in zip((whole, turns), runners, strict=True)
         )
         assert np.array_equal(expected, found), seed
         stages.release()

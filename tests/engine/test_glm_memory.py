@@ -18,8 +18,6 @@ from diffusers import DiffusionPipeline
 from runtime.checkpoint import read_header
 from runtime.device_manager import Device
 from runtime.dtype_selector import DtypePlan
-from runtime.engine.context import Context
-from runtime.engine.running import clean, isolated_random_state
 from runtime.errors import StartupError
 from runtime.families.glm_image.memory import Sizes, choose, place_weights, sizes_of
 from runtime.families.glm_image.pipeline import Runner
@@ -35,8 +33,8 @@ from runtime.families.glm_image.weights import (
     weight_of,
 )
 from runtime.optimization_manager import Decision, Placement, apply, plan
-from runtime.types import PLAIN, Acceleration, GenerationRequest
-from tests.glm import TEXT, source
+from runtime.types import PLAIN, Acceleration
+from tests.glm import TEXT, drawn, source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,14 +58,6 @@ def in_turns(pipeline: Any, acceleration: Acceleration = PLAIN) -> Stages:
     stages = stages_of(pipeline)
     assert stages is not None
     return stages
-
-
-def drawn(pipeline: Any, runner: Runner, request: GenerationRequest, seed: int) -> Any:
-    try:
-        with isolated_random_state(seed, CPU):
-            return np.asarray(runner.run(request, seed, Context(CPU, lambda: False, lambda _: None)))
-    finally:
-        clean(pipeline)
 
 
 # --- 8-bit layers
@@ -123,7 +113,7 @@ def test_8_bit_tokens_are_those_of_the_rounded_weights(tiny_models: Path, kind: 
         if isinstance(module, EightBitLinear):
             rounded.vision_language_encoder.get_submodule(name).weight.data = module.weight8.whole(torch.float32)
     for request in (TEXT, EDIT):
-        pictures = [drawn(pipeline, Runner(pipeline, fast=True), request, 3) for pipeline in (eight, rounded)]
+        pictures = [drawn(pipeline, Runner(pipeline, fast=True), request, 3, CPU) for pipeline in (eight, rounded)]
         assert np.array_equal(*pictures)
 
 
@@ -176,7 +166,10 @@ def test_in_turns_it_draws_the_same_bytes(tiny_models: Path, acceleration: Accel
     runners = Runner(whole, acceleration, True), Runner(turns, acceleration, True)
     assert runners[0].variant == runners[1].variant
     for seed, request in enumerate([TEXT, EDIT, TEXT, EDIT]):
-        expected, found = drawn(whole, runners[0], request, seed), drawn(turns, runners[1], request, seed)
+        expected, found = (
+            drawn(pipeline, runner, request, seed, CPU)
+            for pipeline, runner in zip((whole, turns), runners, strict=True)
+        )
         assert np.array_equal(expected, found)
         if seed == 2:
             stages.release()  # as a VAE does that needs the room
@@ -186,7 +179,7 @@ def test_in_turns_it_draws_the_same_bytes(tiny_models: Path, acceleration: Accel
 def test_stock_takes_turns_too(tiny_models: Path) -> None:
     whole, turns = loaded(tiny_models), loaded(tiny_models)
     in_turns(turns)
-    pictures = [drawn(pipeline, Runner(pipeline, fast=False), EDIT, 1) for pipeline in (whole, turns)]
+    pictures = [drawn(pipeline, Runner(pipeline, fast=False), EDIT, 1, CPU) for pipeline in (whole, turns)]
     assert np.array_equal(*pictures)
 
 
